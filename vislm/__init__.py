@@ -1,0 +1,47 @@
+"""vislm: attention in vision transformers and large multimodal models.
+
+Names are loaded on first use, so that ``import vislm`` costs nothing that is not needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "attend": "vislm.kernels",
+    "explain": "vislm.kernels",
+    "load_lmm": "vislm.lmm.model",
+    "LMM": "vislm.lmm.model",
+    "Answer": "vislm.lmm.model",
+    "attach": "vislm.lmm.session",
+    "load_image": "vislm.images",
+    "FlowCut": "vislm.token_pruning.flowcut",
+    "FastV": "vislm.token_pruning.fastv",
+    "RandomPruning": "vislm.token_pruning.random",
+    "VHR": "vislm.heads.vhr",
+}
+
+__all__ = [*sorted(_EXPORTS), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from vislm.heads.vhr import VHR
+    from vislm.images import load_image
+    from vislm.kernels import attend, explain
+    from vislm.lmm.model import LMM, Answer, load_lmm
+    from vislm.lmm.session import attach
+    from vislm.token_pruning.fastv import FastV
+    from vislm.token_pruning.flowcut import FlowCut
+    from vislm.token_pruning.random import RandomPruning
+
+
+def __getattr__(name: str) -> object:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'vislm' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return __all__

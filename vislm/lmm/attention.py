@@ -1,0 +1,103 @@
+"""The one attention function that vislm registers with transformers.
+
+It computes what ``sdpa`` computes, with the same call. If a session watches the module, it then hands the session the
+tensors of that call and lets it replace the heads' output. Modules that nobody watches pay one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from vislm import kernels
+
+NAME = "vislm"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The inputs of one attention, as transformers passes them.
+
+    Shapes: query (B, H, Nq, d); key and value (B, G, Nk, d) with H a multiple of G, after the rotary embedding and the
+    cache; mask (B or 1, 1, Nq, Nk) bool with True = may attend, or additive float, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+
+    def pattern(self) -> kernels.Pattern:
+        """Return which pairs attend in this call."""
+        if self.mask is not None and self.mask.dtype == torch.bool:
+            return kernels.Masked(self.mask)
+        return kernels.Causal() if self.is_causal else kernels.Dense()
+
+    def statistics(self, request: kernels.StatisticsRequest) -> kernels.Statistics:
+        """Return statistics of this attention without its matrix (see ``vislm.kernels``)."""
+        bias = self.mask if self.mask is not None and self.mask.dtype.is_floating_point else None
+        return kernels.attention_statistics(
+            self.query, self.key, self.value, request=request, pattern=self.pattern(), bias=bias, scale=self.scale
+        )
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """Return the softmaxed attention rows (B, H, R, Nk) of the chosen queries (R,), in float32."""
+        rows = self.statistics(kernels.StatisticsRequest(rows=queries)).rows
+        assert rows is not None
+        return rows
+
+
+Site = Callable[[AttentionCall, Tensor], Tensor]
+"""Gets the call and the heads' output (B, Nq, H, d); returns the output to use."""
+
+_SITES: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
+
+
+def watch(module: nn.Module, site: Site) -> None:
+    """Call ``site`` at every attention of ``module`` until ``unwatch``."""
+    _SITES[module] = site
+
+
+def unwatch(module: nn.Module) -> None:
+    """Stop watching ``module``."""
+    _SITES.pop(module, None)
+
+
+def vislm_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Return sdpa's output (B, Nq, H, d), passed through the site that watches ``module``, if any."""
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs  # pyright: ignore[reportArgumentType]
+    )
+    site = _SITES.get(module)
+    if site is None:
+        return out, None
+    queries, keys = query.shape[2], key.shape[2]
+    causal = attention_mask is None and queries > 1 and bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
+    if causal and keys > queries:  # the empty tail of a static cache
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return site(AttentionCall(query, key, value, attention_mask, causal, scale), out), None
+
+
+# Without its own mask function transformers would build no mask for this name, and padded batches would silently
+# attend to their padding.
+AttentionInterface.register(NAME, vislm_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,89 @@
+"""Scaling the output of attention heads in the language model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vislm.errors import UsageError
+from vislm.lmm.attention import AttentionCall
+from vislm.lmm.interventions import HeadStage, HeadView
+from vislm.lmm.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from vislm.lmm.session import Session
+
+
+class HeadPart:
+    """Multiplies head outputs (B, Nq, H, d) by per-sample factors (B, H) before the output projection."""
+
+    def __init__(self, session: Session, stages: list[tuple[int, HeadStage]]) -> None:
+        self.session, self.stages = session, stages
+        self.needs_text = any(stage.text_only != "no" for _, stage in stages)
+        self.scales_text = any(stage.text_only == "both" for _, stage in stages)
+        self.last_layer = max((n for _, stage in stages for n in stage.layers), default=-1)
+        self.text: TextStream | None = None
+        self._image_output: Tensor | None = None
+        self._factors: Tensor | None = None
+
+    @property
+    def in_text_stream(self) -> bool:
+        """Whether the attention being computed belongs to the text-only stream."""
+        return self._image_output is not None
+
+    def start(self, input_ids: Tensor | None, mask: Tensor | None) -> None:
+        """Prepare for a prefill of input_ids (B, S), the caller's full prompt."""
+        self.text = None
+        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise UsageError("head statistics are taken at the last column: pad prompts on the left (padding_side='left')")
+        if self.needs_text and input_ids is not None:
+            adapter = self.session.adapter
+            self.text = TextStream(adapter, input_ids, mask, adapter.image_token_id)
+
+    def apply(self, number: int, call: AttentionCall, out: Tensor) -> Tensor:
+        """Return the scaled output of decoder layer ``number``."""
+        if self.in_text_stream:
+            return self._in_text_stream(number, out)
+        if number > self.last_layer:
+            return out
+        if self.session.phase == "decode":
+            factors = self._decide(number, out[:, -1], None, "decode")
+        elif self.text is not None:
+            self._image_output = out[:, -1]
+            try:
+                self.text.advance(number)
+            finally:
+                self._image_output = None
+            factors, self._factors = self._factors, None
+        else:
+            factors = self._decide(number, out[:, -1], None, "prefill")
+        if factors is None:
+            return out
+        if self.session.phase == "prefill":
+            self.session.run.head_factors[number] = factors
+        return out * factors[:, None, :, None].to(out.dtype)
+
+    def _in_text_stream(self, number: int, out: Tensor) -> Tensor:
+        assert self._image_output is not None
+        self._factors = self._decide(number, self._image_output, out[:, -1], "prefill")
+        if self._factors is None or not self.scales_text:
+            return out
+        return out * self._factors[:, None, :, None].to(out.dtype)
+
+    def _decide(self, number: int, image_output: Tensor, text_output: Tensor | None, phase: str) -> Tensor | None:
+        prompt = self.session.prompt
+        has_image = torch.ones(image_output.shape[0], dtype=torch.bool, device=image_output.device)
+        if prompt is not None:
+            has_image = prompt.has_image
+        factors: Tensor | None = None
+        for owner, stage in self.stages:
+            if number not in stage.layers:
+                continue
+            memory = self.session.run.memory[owner]
+            view = HeadView(number, phase, image_output, text_output, has_image, memory)  # pyright: ignore[reportArgumentType]
+            chosen = stage.scale(view)
+            if chosen is not None:
+                factors = chosen if factors is None else factors * chosen
+        return factors

@@ -1,0 +1,158 @@
+"""Dropping visual tokens before the language model, and the bookkeeping of prompt columns that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vislm.errors import UsageError
+from vislm.lmm.interventions import ImageView, Kept, Positions, PromptStage
+from vislm.lmm.tokens import compact, gather_rows, number_images
+
+if TYPE_CHECKING:
+    from vislm.lmm.session import Session
+
+
+@dataclass
+class PromptMap:
+    """The prompt that the language model really sees. S columns of the caller's prompt, n of them left."""
+
+    length: int
+    """S."""
+    index: Tensor
+    """(B, n) columns that stayed."""
+    valid: Tensor | None
+    """(B, n) bool, False on padding that was added because rows lost different numbers; None if none was."""
+    image_of: Tensor
+    """(B, n) number of the image a column belongs to, -1 on text and padding."""
+    has_image: Tensor
+    """(B,) bool."""
+    shift: Tensor | None = None
+    """(B, 1) how much smaller position ids are than the caller counts, with contiguous positions."""
+
+    @property
+    def removed(self) -> int:
+        """Columns by which every row became shorter."""
+        return self.length - self.index.shape[1]
+
+
+class PromptPart:
+    """Shortens a prefill's prompt and translates the caller's masks and positions during decoding.
+
+    ``generate`` keeps counting in columns of the full prompt: its position ids stay as they are (original positions) or
+    are shifted (contiguous positions), its attention mask is gathered. So the caller needs to know nothing, and
+    the returned sequences still begin with the full prompt.
+    """
+
+    def __init__(self, session: Session, stages: list[tuple[int, PromptStage]], drops: bool, positions: Positions):
+        self.session, self.stages, self.drops, self.positions = session, stages, drops, positions
+
+    def prefill(self, kwargs: dict[str, Any]) -> PromptMap:
+        """Shorten the prompt in ``kwargs`` of the model's forward, in place; return the map."""
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is None:
+            raise UsageError("pass input_ids, not inputs_embeds: the image placeholders cannot be seen in embeddings")
+        if self.drops and kwargs.get("pixel_values") is not None:
+            self.session.adapter.encode(kwargs)
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        features = None if encoded is None else list(encoded.pooler_output)
+        is_image = ids == self.session.adapter.image_token_id
+        image_of = number_images(is_image, None if features is None else [len(f) for f in features])
+        has_image = is_image.any(-1)
+        index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if not self.drops or features is None:
+            return PromptMap(ids.shape[1], index, None, image_of, has_image)
+
+        keeps = [self._select(n, f, image_of) for n, f in enumerate(features)]
+        self.session.run.features = features
+        self.session.run.keep_stage(Kept("prompt", [k.nonzero().flatten().tolist() for k in keeps]))
+        keep = torch.ones_like(is_image)
+        keep[is_image] = torch.cat(keeps).to(keep.device)
+        if bool(keep.all()):
+            return PromptMap(ids.shape[1], index, None, image_of, has_image)
+        self._refuse_static_cache(kwargs)
+        index, valid = compact(keep, pad="left")
+        prompt = PromptMap(ids.shape[1], index, valid, gather_rows(image_of, index), has_image)
+        if valid is not None:
+            prompt.image_of = prompt.image_of.masked_fill(~valid, -1)
+        encoded = type(encoded)(pooler_output=[f[k] for f, k in zip(features, keeps, strict=True)])
+        kwargs["mm_encoder_outputs"] = {**kwargs["mm_encoder_outputs"], "image": encoded}
+        self._shorten(kwargs, prompt, mask)
+        return prompt
+
+    def _select(self, number: int, features: Tensor, image_of: Tensor) -> Tensor:
+        dropped = features.isnan().all(-1)  # the tower's verdict
+        keep = ~dropped
+        candidates = keep & self.session.adapter.is_patch(features)
+        if bool(dropped.any()):
+            keep = candidates  # separators of a thinned grid separate nothing
+        sample = int((image_of == number).any(-1).nonzero()[0])
+        for owner, stage in self.stages:
+            view = ImageView(features, candidates, sample, number, self.session.run.memory[owner])
+            chosen = stage.select(view)
+            if not bool(chosen[candidates].all()):
+                keep = chosen & candidates
+        return keep
+
+    def _shorten(self, kwargs: dict[str, Any], prompt: PromptMap, mask: Tensor | None) -> None:
+        index = prompt.index
+        ids = kwargs["input_ids"]
+        full_mask = torch.ones_like(ids) if mask is None else mask
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = (full_mask.cumsum(-1) - 1).clamp(min=0)
+        positions = gather_rows(positions.expand(ids.shape[0], -1), index)
+        new_mask = gather_rows(full_mask, index)
+        new_ids = gather_rows(ids, index)
+        if prompt.valid is not None:
+            new_mask = new_mask * prompt.valid
+            # padding must not look like an image placeholder
+            new_ids = new_ids.masked_fill(~prompt.valid & (new_ids == self.session.adapter.image_token_id), 0)
+        if self.positions == "contiguous":
+            renumbered = (new_mask.cumsum(-1) - 1).clamp(min=0)
+            prompt.shift = positions[:, -1:] - renumbered[:, -1:]
+            positions = renumbered
+        kwargs.update(input_ids=new_ids, attention_mask=new_mask, position_ids=positions)
+        for name in ("labels", "mm_token_type_ids", "token_type_ids"):
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = gather_rows(kwargs[name], index)
+
+    def decode(self, kwargs: dict[str, Any], prompt: PromptMap, cached: int) -> None:
+        """Translate the kwargs of a later forward with ``cached`` keys in the first layer, in place."""
+        ids = kwargs.get("input_ids")
+        new = ids.shape[1] if ids is not None else kwargs["inputs_embeds"].shape[1]
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        seen = mask.shape[-1] if mask is not None and mask.dim() == 2 else None
+        if seen is not None and seen != cached + prompt.removed + new or (kwargs.get("mm_encoder_outputs") or {}):
+            raise UsageError(
+                "this cache holds a pruned prompt, which a new generate() cannot continue; pass the whole conversation "
+                "again without past_key_values"
+            )
+        if prompt.removed == 0:
+            return
+        if mask is not None:
+            kwargs["attention_mask"] = torch.cat([gather_rows(mask, prompt.index), mask[:, prompt.length :]], 1)
+        elif prompt.valid is not None:
+            tail = prompt.valid.new_ones(prompt.valid.shape[0], cached + new - prompt.index.shape[1])
+            kwargs["attention_mask"] = torch.cat([prompt.valid, tail], 1).long()
+        if prompt.valid is not None and mask is not None:
+            kwargs["attention_mask"][:, : prompt.index.shape[1]] *= prompt.valid
+        if positions is None:
+            last = cached + prompt.removed
+            positions = torch.arange(last, last + new, device=prompt.index.device).unsqueeze(0)
+            if mask is not None:
+                positions = (mask.cumsum(-1) - 1)[:, -new:]
+        kwargs["position_ids"] = positions if prompt.shift is None else positions - prompt.shift
+
+    @staticmethod
+    def _refuse_static_cache(kwargs: dict[str, Any]) -> None:
+        refuse_static_cache(kwargs.get("past_key_values"))
+
+
+def refuse_static_cache(cache: Any) -> None:
+    """Raise ``UsageError`` for a cache whose layers have a fixed length."""
+    if cache is not None and getattr(cache, "is_compileable", False):
+        raise UsageError("token pruning needs a dynamic cache; leave cache_implementation unset (or 'dynamic')")

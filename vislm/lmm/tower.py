@@ -1,0 +1,115 @@
+"""Dropping patches inside the vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vislm.lmm.attention import AttentionCall
+from vislm.lmm.hooks import Hooks, named_arguments
+from vislm.lmm.interventions import TowerStage, TowerView
+from vislm.lmm.tokens import compact, gather_rows
+
+if TYPE_CHECKING:
+    from vislm.lmm.session import Session
+
+
+@dataclass
+class TowerState:
+    """Which patches of B images are alive during one encoding."""
+
+    num_patches: int
+    index: Tensor
+    """(B, n) indices into the full patch grid, ascending."""
+    valid: Tensor | None = None
+    """(B, n) bool, False on padding; None when nothing is padding."""
+    lengths: list[int] = field(default_factory=list)
+    """Patch tokens at the input of every layer (the longest image)."""
+    signal: Any = None
+
+
+class TowerPart:
+    """Hooks that shorten the tower's hidden states between layers and put the survivors back in their places.
+
+    A pre-hook of layer l + 1 drops what a stage rejects after layer l: hidden states that transformers records for
+    layer l keep their full length. The projector runs on the survivors only; behind it they are scattered into a full
+    sequence whose dropped rows are NaN, so that the model's own tiling and newline logic sees the lengths it expects.
+    The prompt part removes those rows; should anything else read one, it fails loudly.
+    """
+
+    def __init__(self, session: Session, stages: dict[int, tuple[int, TowerStage]]) -> None:
+        self.session, self.stages = session, stages
+        self.prefix = session.adapter.tower_prefix
+        self.state: TowerState | None = None
+
+    def install(self, hooks: Hooks) -> None:
+        """Add the hooks and watch the attention of the layers whose signals are needed."""
+        adapter = self.session.adapter
+        layers = adapter.tower_layers
+        hooks.before(adapter.tower, self._start)
+        for number, layer in enumerate(layers):
+            hooks.before(layer, lambda module, args, kwargs, n=number: self._before_layer(module, n, args, kwargs))
+        for number in self.stages:
+            hooks.watch(adapter.tower_attentions[number], lambda call, out, n=number: self._signal(call, out, n))
+        hooks.after(adapter.projector, self._scatter)
+
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.state = None
+
+    def _signal(self, call: AttentionCall, out: Tensor, layer: int) -> Tensor:
+        if self.state is not None:
+            self.state.signal = self.stages[layer][1].signal(call)
+        return out
+
+    def _before_layer(self, module: nn.Module, number: int, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            images, tokens = hidden.shape[0], hidden.shape[1] - self.prefix
+            index = torch.arange(tokens, device=hidden.device).expand(images, tokens)
+            self.state = TowerState(tokens, index)
+        state = self.state
+        assert state is not None
+        changed = number - 1 in self.stages and (shorter := self._drop(number - 1, hidden, state)) is not None
+        if changed:
+            hidden = shorter
+        state.lengths.append(state.index.shape[1])
+        if not changed and state.valid is None:
+            return None
+        arguments = named_arguments(module, args, kwargs)
+        if state.valid is not None:
+            prefix = state.valid.new_ones(state.valid.shape[0], self.prefix)
+            arguments["attention_mask"] = torch.cat([prefix, state.valid], 1)[:, None, None, :]
+        arguments.pop("hidden_states", None)
+        return (hidden,), arguments
+
+    def _drop(self, layer: int, hidden: Tensor, state: TowerState) -> Tensor | None:
+        owner, stage = self.stages[layer]
+        memory = self.session.run.memory[owner]
+        view = TowerView(state.signal, layer, state.valid, state.num_patches, memory)
+        keep = stage.select(view)
+        if keep is None or bool(keep.all()):
+            return None
+        index, valid = compact(keep, pad="right")
+        stage.kept(memory, index)
+        state.index, state.valid = state.index.gather(1, index), valid
+        prefix = hidden[:, : self.prefix]
+        return torch.cat([prefix, gather_rows(hidden[:, self.prefix :], index)], 1)
+
+    def _scatter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        state = self.state
+        if state is None or state.index.shape[1] == state.num_patches:
+            return None
+        prefix = output.shape[1] - state.index.shape[1]  # CLS, where the model keeps it
+        full = output.new_full((output.shape[0], prefix + state.num_patches, output.shape[2]), torch.nan)
+        full[:, :prefix] = output[:, :prefix]
+        index = state.index + prefix
+        survivors = output[:, prefix:]
+        if state.valid is not None:
+            row = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
+            full[row[state.valid], index[state.valid]] = survivors[state.valid]
+        else:
+            full.scatter_(1, index.unsqueeze(-1).expand_as(survivors), survivors)
+        return full

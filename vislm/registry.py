@@ -1,0 +1,131 @@
+"""Finding methods by name: a method is a module of its area's package, so adding one edits no table."""
+
+from __future__ import annotations
+
+import dataclasses
+import pkgutil
+import types
+import typing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vislm.errors import UnknownName, UsageError
+
+if TYPE_CHECKING:
+    from vislm.lmm.interventions import Intervention
+
+AREAS = {"pruning": "vislm.token_pruning", "heads": "vislm.heads"}
+"""Kind of method -> package whose public modules are the methods."""
+
+
+def names(kind: str) -> list[str]:
+    """Return the names of all methods of a kind, without importing them.
+
+    Raises:
+        UnknownName: no such kind.
+    """
+    if kind not in AREAS:
+        raise UnknownName("kind of method", kind, AREAS)
+    package = import_module(AREAS[kind])
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def method(kind: str, name: str) -> type[Intervention]:
+    """Return the class of a method.
+
+    Raises:
+        UnknownName: no such method; the message names the nearest ones.
+    """
+    if name not in names(kind):
+        raise UnknownName("pruning method" if kind == "pruning" else "head method", name, names(kind))
+    return import_module(f"{AREAS[kind]}.{name}").METHOD
+
+
+def summary(kind: str, name: str) -> str:
+    """Return the first line of a method's module documentation."""
+    return (import_module(f"{AREAS[kind]}.{name}").__doc__ or "").strip().splitlines()[0]
+
+
+def options(kind: str, name: str) -> dict[str, tuple[str, Any]]:
+    """Return option -> (type, default) of a method."""
+    cls = method(kind, name)
+    hints = typing.get_type_hints(cls)
+    return {f.name: (_type_name(hints[f.name]), f.default) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+
+
+def build(kind: str, spec: str) -> Intervention:
+    """Build a method from ``name:option=value,option=value``, e.g. ``flowcut:keep=16`` or ``vhr:alpha=2,layers=1+18-31``.
+
+    Values are read by the option's declared type: numbers, true/false, none, one of a list of words, or layer lists
+    joined by ``+`` with ranges ``a-b``.
+
+    Raises:
+        UnknownName: unknown method or option.
+        UsageError: a value of the wrong type.
+    """
+    name, _, rest = spec.partition(":")
+    cls = method(kind, name.strip())
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    arguments: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        option, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise UsageError(f"{spec!r}: {pair!r} is not of the form option=value")
+        if option not in known:
+            raise UnknownName(f"option of {name}", option, known)
+        arguments[option] = parse_value(text, hints[option], f"{name}: {option}")
+    return cls(**arguments)
+
+
+def parse_value(text: str, hint: Any, where: str) -> Any:
+    """Return ``text`` as a value of the type ``hint``; the error names ``where`` and what was expected."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for choice in sorted(arguments, key=_strictness):
+            try:
+                return parse_value(text, choice, where)
+            except UsageError:
+                continue
+    elif hint is type(None):
+        if text.lower() in ("none", "null"):
+            return None
+    elif origin is typing.Literal:
+        if text in arguments:
+            return text
+        raise UnknownName(where, text, map(str, arguments))
+    elif hint is bool:
+        if text.lower() in ("true", "yes", "1", "false", "no", "0"):
+            return text.lower() in ("true", "yes", "1")
+    elif origin is tuple:
+        try:
+            return tuple(n for part in text.split("+") for n in _range(part))
+        except ValueError:
+            pass
+    elif hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            pass
+    elif hint is str:
+        return text
+    raise UsageError(f"{where}={text!r}: expected {_type_name(hint)}")
+
+
+def _strictness(hint: Any) -> int:
+    return [type(None), bool, int, float].index(hint) if hint in (type(None), bool, int, float) else 9
+
+
+def _range(part: str) -> range:
+    first, _, last = part.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_type_name(h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return "layers such as 1+18-31"
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,4 @@
+"""Visual-token pruning. Every module here whose name has no leading underscore is one method.
+
+Its name is the method's name; it defines ``METHOD``, the frozen dataclass that carries the options.
+"""

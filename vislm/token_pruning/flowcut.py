@@ -1,0 +1,208 @@
+"""FlowCut: progressive pruning by information flow, in the vision tower and once in the language model.
+
+Source: Tong et al., "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
+NeurIPS 2025, arXiv 2505.19536; github.com/TungChintao/FlowCut.
+
+Notation: N patches alive, T target, a = attention that patches receive from CLS, s = similarity of their values to that
+of CLS, v = their values averaged over heads, L1 norm ||v||. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vislm import kernels
+from vislm.errors import PlanConflict, UsageError
+from vislm.lmm.adapters import Adapter
+from vislm.lmm.attention import AttentionCall
+from vislm.lmm.interventions import LanguageStage, LanguageView, Positions, TowerStage, TowerView
+from vislm.lmm.tokens import check_keep, gather_rows, token_count
+
+
+class Flow(NamedTuple):
+    """The three signals of one layer, for N patches."""
+
+    attention: Tensor
+    """a (B, N): head mean of the CLS row (not renormalised over the patches)."""
+    similarity: Tensor | None
+    """s (B, N): head mean of softmax_j(v_cls . v_j); None in towers without CLS."""
+    values: Tensor
+    """(B, N, d): values averaged over heads."""
+
+
+def importance(flow: Flow) -> Tensor:
+    """Return z = (a / sum a + s / sum s) ||v||_1, shape (B, N)."""
+    score = flow.attention / flow.attention.sum(-1, keepdim=True)
+    if flow.similarity is not None:
+        score = score + flow.similarity / flow.similarity.sum(-1, keepdim=True)
+    return score * flow.values.abs().sum(-1)
+
+
+def entropy_ratio(attention: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the entropy of a / sum a over ln N, in [0, 1], shape (B,). N counts valid patches only."""
+    p = attention / attention.sum(-1, keepdim=True)
+    count = torch.full_like(p[:, 0], p.shape[-1]) if valid is None else valid.sum(-1).to(p.dtype)
+    return -torch.xlogy(p, p).sum(-1) / count.log()
+
+
+def prune_count(ratio: Tensor, alive: Tensor, target: int, remaining: int) -> Tensor:
+    """Return P = (N - T) / sqrt(remaining) (1 - H^2), unrounded, shape (B,).
+
+    Args:
+        ratio: H (B,), the entropy ratio.
+        alive: N (B,).
+        target: T.
+        remaining: layers still to come before the last pruning point, > 0.
+    """
+    return (alive - target) / math.sqrt(remaining) * (1.0 - ratio**2)
+
+
+def cls_flow(call: AttentionCall) -> Flow:
+    """Return the signals of a tower with CLS at index 0: attention scaled as usual, similarity unscaled."""
+    first = torch.tensor([0], device=call.query.device)
+    attention = call.rows(first)[:, :, 0, 1:].mean(1)
+    value = call.value
+    request = kernels.StatisticsRequest(rows=first)
+    pattern = kernels.Masked(call.mask) if call.mask is not None else kernels.Dense()
+    rows = kernels.attention_statistics(value[:, :, :1], value, request=request, pattern=pattern, scale=1.0).rows
+    assert rows is not None
+    return Flow(attention, rows[:, :, 0, 1:].mean(1), value[:, :, 1:].float().mean(1))
+
+
+def mean_query_flow(call: AttentionCall) -> Flow:
+    """Return the signals of a tower without CLS: the mean query takes its place, and there is no similarity term."""
+    query = call.query.float().mean(2, keepdim=True)
+    rows = _first_row(query, call.key.float(), call.scale)
+    return Flow(rows.mean(1), None, call.value.float().mean(1))
+
+
+def last_token_flow(call: AttentionCall, image_of: Tensor) -> Tensor:
+    """Return scores (B, S) of visual columns from the last prompt token; 0 elsewhere.
+
+    Both softmaxes run over the columns of one image only, and both are scaled by 1 / sqrt(d).
+    """
+    heads, groups = call.query.shape[1], call.key.shape[1]
+    value = call.value.float().repeat_interleave(heads // groups, dim=1)
+    query, key, scale = call.query[:, :, -1:].float(), call.key.float(), call.scale
+    scores = torch.zeros(image_of.shape, device=image_of.device)
+    for image in image_of[image_of >= 0].unique().tolist():
+        row = int((image_of == image).any(-1).nonzero()[0])
+        span = image_of[row] == image
+        last = slice(row, row + 1)
+        v = value[last][:, :, span]
+        attention = _first_row(query[last], key[last][:, :, span], scale).mean(1)
+        similarity = _first_row(value[last, :, -1:], v, scale).mean(1)
+        scores[row, span] = importance(Flow(attention, similarity, v.mean(1)))[0]
+    return scores
+
+
+def _first_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Return softmax(query[0] . key) (B, H, Nk) for a single query."""
+    request = kernels.StatisticsRequest(rows=torch.tensor([0], device=query.device))
+    rows = kernels.attention_statistics(query, key, request=request, scale=scale).rows
+    assert rows is not None
+    return rows[:, :, 0]
+
+
+@dataclass(frozen=True)
+class FlowCut:
+    """Prune in the tower after every ``period``-th layer, at a pace set by the entropy of the CLS attention.
+
+    Scores are smoothed over layers: c = history c + (1 - history) z. Between two prunings nothing is dropped; at the
+    last point before the layer that the language model reads, exactly the target stays.
+    """
+
+    keep: int | float = 64
+    """Visual tokens per image that reach the end, or a ratio of them."""
+    where: Literal["auto", "tower", "language", "both"] = "auto"
+    """"auto": the tower for one crop per image, both for tiled images."""
+    tower_keep: int | None = None
+    """Patches per crop that leave the tower; default: ``keep``, or half of it when the language model prunes too."""
+    positions: Positions = "contiguous"
+    """Both official codes for LLaMA number the survivors anew."""
+    layer: int = 1
+    """The language stage ranks by decoder layer ``layer`` and drops behind it."""
+    history: float = 0.5
+    period: int = 2
+    shared_count: bool = False
+    """Let all images of a call drop as many patches as the one that drops most, as the official code does for the
+    crops of an image. Off: each crop has its own pace, and a batch gives what its images give alone."""
+    name = "flowcut"
+
+    def plan(self, adapter: Adapter) -> Sequence[TowerStage | LanguageStage]:
+        """Return one stage per tower layer up to the read layer, and / or one inside the language model."""
+        rows, columns = adapter.patch_grid
+        patches = rows * columns
+        single = adapter.crops_per_image == 1
+        check_keep(self.keep, patches if single else None)
+        if self.period < 1 or not 0.0 <= self.history < 1.0:
+            raise UsageError(f"period={self.period}, history={self.history}: expected period >= 1 and 0 <= history < 1")
+        where = ("tower" if single else "both") if self.where == "auto" else self.where
+        stages: list[TowerStage | LanguageStage] = []
+        if where in ("tower", "both"):
+            stages += self._tower(adapter, self._target(patches, where), patches)
+        if where in ("language", "both"):
+            if self.layer + 1 >= len(adapter.layers):
+                raise PlanConflict(f"flowcut: layer={self.layer} is not before the last of {len(adapter.layers)} layers")
+            stages.append(LanguageStage(self.layer + 1, self.layer, lambda call: call, self._language, self.positions))
+        return stages
+
+    def _target(self, patches: int, where: str) -> int:
+        if self.tower_keep is not None:
+            check_keep(self.tower_keep, patches)
+            return self.tower_keep
+        keep = token_count(self.keep, patches) if isinstance(self.keep, float) else self.keep
+        return min(patches, keep if where == "tower" else max(1, keep // 2))
+
+    def _tower(self, adapter: Adapter, target: int, patches: int) -> list[TowerStage]:
+        if target >= patches:
+            return []
+        read = adapter.read_layer
+        signal = cls_flow if adapter.tower_prefix else mean_query_flow
+
+        def stage(layer: int) -> TowerStage:
+            select = lambda view: self._select(view, target, read - layer - 1)  # noqa: E731
+            return TowerStage(layer, signal, select, _gather_history, self.positions)
+
+        return [stage(layer) for layer in range(read)]
+
+    def _select(self, view: TowerView, target: int, remaining: int) -> Tensor | None:
+        flow: Flow = view.signal
+        score = importance(flow)
+        if "score" in view.memory:
+            score = self.history * view.memory["score"] + (1.0 - self.history) * score
+        view.memory["score"] = score
+        if score.shape[1] <= target and view.valid is None or remaining % self.period:
+            return None
+        alive = torch.full_like(score[:, 0], score.shape[1]) if view.valid is None else view.valid.sum(-1).to(score)
+        if remaining == 0:
+            count = torch.full_like(alive, target)
+        else:
+            dropped = prune_count(entropy_ratio(flow.attention, view.valid), alive, target, remaining)
+            dropped = dropped.max().expand_as(dropped) if self.shared_count else dropped
+            count = (alive - dropped.round()).clamp(min=target)
+        return _top(score, count, view.valid)
+
+    def _language(self, view: LanguageView) -> Tensor:
+        return view.top_per_image(last_token_flow(view.signal, view.image_of), self.keep)
+
+
+def _top(score: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
+    """Return keep (B, N): the ``count`` (B,) highest scores of each row, ties to the lower index."""
+    if valid is not None:
+        score = score.masked_fill(~valid, -torch.inf)
+    rank = torch.argsort(torch.argsort(score, dim=-1, descending=True, stable=True), dim=-1)
+    return rank < count.unsqueeze(-1)
+
+
+def _gather_history(memory: dict, index: Tensor) -> None:
+    memory["score"] = gather_rows(memory["score"], index)
+
+
+METHOD = FlowCut
