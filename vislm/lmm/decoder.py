@@ -145,19 +145,15 @@ class DecoderPart:
         prompt = session.prompt
         assert prompt is not None
         image_of = previous.image_of if previous else prompt.image_of
-        view = LanguageView(self.signal.pop(number), image_of, session.run.memory[owner])
-        keep = stage.select(view)
-        if bool((~keep & (image_of < 0)).any()) and not _only_padding(keep, image_of, previous, prompt):
+        real = self._real_columns(previous)
+        keep = stage.select(LanguageView(self.signal.pop(number), image_of, session.run.memory[owner]))
+        if bool((~keep & (image_of < 0) & real).any()):
             raise UsageError("a language stage must keep all text columns")
-        if bool(keep.all()):
+        if bool((keep | ~real).all()):
             return previous, hidden
-        index, valid = compact(keep, pad="left")
+        index, valid = compact(keep & real, pad="left")
         before = previous.index if previous else torch.arange(hidden.shape[1], device=hidden.device).expand_as(keep)
         segment = Segment(before.gather(1, index), valid, prompt.index.shape[1], gather_rows(image_of, index))
-        old_valid = previous.valid if previous else None
-        if old_valid is not None:
-            gathered = old_valid.gather(1, index)
-            segment.valid = gathered if valid is None else gathered & valid
         if segment.valid is not None:
             segment.image_of = segment.image_of.masked_fill(~segment.valid, -1)
         if stage.positions == "contiguous":
@@ -165,14 +161,19 @@ class DecoderPart:
         session.run.keep_stage(Kept(f"layer {number}", _kept_per_image(segment, prompt, session.run.stages)))
         return segment, gather_rows(hidden, index)
 
+    def _real_columns(self, segment: Segment | None) -> Tensor:
+        """Return (B, n) bool: False on padding, be it the caller's or ours."""
+        mask, prompt = self.session.prompt_mask, self.session.prompt
+        assert prompt is not None
+        real = torch.ones_like(prompt.index, dtype=torch.bool) if mask is None else mask.bool()
+        if segment is None:
+            return real
+        real = gather_rows(real, segment.index)
+        return real if segment.valid is None else real & segment.valid
+
     def _renumber(self, segment: Segment, position_ids: Tensor) -> None:
-        rows = segment.index.shape[0]
-        original = gather_rows(position_ids.expand(rows, -1), segment.index)
-        real = torch.ones_like(original, dtype=torch.bool) if segment.valid is None else segment.valid
-        mask = self.session.prompt_mask
-        if mask is not None:
-            real = real & gather_rows(mask.bool(), segment.index)
-        segment.positions = (real.cumsum(-1) - 1).clamp(min=0)
+        original = gather_rows(position_ids.expand(segment.index.shape[0], -1), segment.index)
+        segment.positions = (self._real_columns(segment).cumsum(-1) - 1).clamp(min=0)
         segment.shift = original[:, -1:] - segment.positions[:, -1:]
 
     def _positions(self, arguments: dict[str, Any], segment: Segment, hidden: Tensor) -> None:
@@ -184,11 +185,6 @@ class DecoderPart:
         arguments["position_embeddings"] = (gather_rows(cos, segment.index), gather_rows(sin, segment.index))
         positions = arguments["position_ids"]
         arguments["position_ids"] = gather_rows(positions.expand(hidden.shape[0], -1), segment.index)
-
-
-def _only_padding(keep: Tensor, image_of: Tensor, previous: Segment | None, prompt: PromptMap) -> bool:
-    valid = previous.valid if previous else prompt.valid
-    return valid is not None and not bool((~keep & (image_of < 0) & valid).any())
 
 
 def _kept_per_image(segment: Segment, prompt: PromptMap, stages: list[Kept]) -> list[list[int]]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vislm.errors import UsageError
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.interventions import HeadStage, HeadView
 from vislm.lmm.text_stream import TextStream
@@ -36,8 +35,6 @@ class HeadPart:
     def start(self, input_ids: Tensor | None, mask: Tensor | None) -> None:
         """Prepare for a prefill of input_ids (B, S), the caller's full prompt."""
         self.text = None
-        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
-            raise UsageError("head statistics are taken at the last column: pad prompts on the left (padding_side='left')")
         if self.needs_text and input_ids is not None:
             adapter = self.session.adapter
             self.text = TextStream(adapter, input_ids, mask, adapter.image_token_id)

@@ -32,6 +32,8 @@ class PromptMap:
     """(B,) bool."""
     shift: Tensor | None = None
     """(B, 1) how much smaller position ids are than the caller counts, with contiguous positions."""
+    untouched: bool = True
+    """Whether the model sees the caller's columns as they are."""
 
     @property
     def removed(self) -> int:
@@ -73,9 +75,11 @@ class PromptPart:
         keep[is_image] = torch.cat(keeps).to(keep.device)
         if bool(keep.all()):
             return PromptMap(ids.shape[1], index, None, image_of, has_image)
-        self._refuse_static_cache(kwargs)
+        refuse_static_cache(kwargs.get("past_key_values"))
+        if mask is not None:
+            keep &= mask.cumsum(-1) > 0  # the caller's left padding goes first; what is still needed comes back
         index, valid = compact(keep, pad="left")
-        prompt = PromptMap(ids.shape[1], index, valid, gather_rows(image_of, index), has_image)
+        prompt = PromptMap(ids.shape[1], index, valid, gather_rows(image_of, index), has_image, untouched=False)
         if valid is not None:
             prompt.image_of = prompt.image_of.masked_fill(~valid, -1)
         encoded = type(encoded)(pooler_output=[f[k] for f, k in zip(features, keeps, strict=True)])
@@ -125,13 +129,16 @@ class PromptPart:
         ids = kwargs.get("input_ids")
         new = ids.shape[1] if ids is not None else kwargs["inputs_embeds"].shape[1]
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        seen = mask.shape[-1] if mask is not None and mask.dim() == 2 else None
-        if seen is not None and seen != cached + prompt.removed + new or (kwargs.get("mm_encoder_outputs") or {}):
+        if mask is not None and mask.dim() == 2:
+            seen = mask.shape[-1]
+        else:  # no padding, so positions count columns
+            seen = cached + prompt.removed + new if positions is None else int(positions.max()) + 1
+        if seen != cached + prompt.removed + new or (kwargs.get("mm_encoder_outputs") or {}):
             raise UsageError(
                 "this cache holds a pruned prompt, which a new generate() cannot continue; pass the whole conversation "
                 "again without past_key_values"
             )
-        if prompt.removed == 0:
+        if prompt.untouched:
             return
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([gather_rows(mask, prompt.index), mask[:, prompt.length :]], 1)
@@ -146,10 +153,6 @@ class PromptPart:
             if mask is not None:
                 positions = (mask.cumsum(-1) - 1)[:, -new:]
         kwargs["position_ids"] = positions if prompt.shift is None else positions - prompt.shift
-
-    @staticmethod
-    def _refuse_static_cache(kwargs: dict[str, Any]) -> None:
-        refuse_static_cache(kwargs.get("past_key_values"))
 
 
 def refuse_static_cache(cache: Any) -> None:

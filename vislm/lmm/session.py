@@ -118,6 +118,8 @@ class Session:
 
     def _begin_prefill(self, kwargs: dict[str, Any], cache: Any) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if self.plan.watches_language and mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise UsageError("signals are taken at the last column: pad prompts on the left (padding_side='left')")
         if self._decoder:
             self._decoder.start(cache)
         if self._heads:

@@ -44,10 +44,15 @@ def importance(flow: Flow) -> Tensor:
     return score * flow.values.abs().sum(-1)
 
 
-def entropy_ratio(attention: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Return the entropy of a / sum a over ln N, in [0, 1], shape (B,). N counts valid patches only."""
+def entropy_ratio(attention: Tensor, valid: Tensor | None = None, epsilon: float | None = None) -> Tensor:
+    """Return the entropy of a / sum a over ln N, in [0, 1], shape (B,). N counts valid patches only.
+
+    With ``epsilon``, -sum a ln(a + epsilon) / ln N without renormalising, as the official Qwen code has it.
+    """
+    count = torch.full_like(attention[:, 0], attention.shape[-1]) if valid is None else valid.sum(-1).to(attention)
+    if epsilon is not None:
+        return -(attention * (attention + epsilon).log()).sum(-1) / count.log()
     p = attention / attention.sum(-1, keepdim=True)
-    count = torch.full_like(p[:, 0], p.shape[-1]) if valid is None else valid.sum(-1).to(p.dtype)
     return -torch.xlogy(p, p).sum(-1) / count.log()
 
 

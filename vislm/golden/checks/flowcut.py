@@ -1,0 +1,88 @@
+"""FlowCut's fixtures: score functions, whole CLIP towers, the language stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vislm.golden.checks._models import Recorded, clip_tower, prefill_llama
+from vislm.golden.fixtures import Comparison, Fixture, Unhandled, difference, exact, relative
+from vislm.lmm.session import attach
+from vislm.token_pruning import flowcut
+from vislm.token_pruning.flowcut import Flow, FlowCut
+
+
+def check(fixture: Fixture) -> Iterator[Comparison]:
+    """Tell the kinds apart by the tensors that they hold."""
+    if "cls_attention" in fixture.inputs:
+        yield from _scores(fixture)
+    elif "relation" in fixture.inputs:
+        yield from _qwen_scores(fixture)
+    elif "pixel_values" in fixture.inputs:
+        yield from _tower(fixture)
+    elif "inputs_embeds" in fixture.inputs:
+        yield from _language(fixture)
+    elif "grid_thw" in fixture.inputs:
+        yield from _qwen_tower(fixture)
+    else:
+        raise Unhandled(f"inputs {sorted(fixture.inputs)} belong to no known FlowCut fixture")
+
+
+def _counts(attention: Tensor, options: dict, epsilon: float | None = None) -> Tensor:
+    alive = torch.full((len(attention),), float(attention.shape[1]))
+    ratio = flowcut.entropy_ratio(attention, epsilon=epsilon)
+    return flowcut.prune_count(ratio, alive, options["target_num"], options["remaining_prune_layers"])
+
+
+def _scores(fixture: Fixture) -> Iterator[Comparison]:
+    inputs, out = fixture.inputs, fixture.outputs
+    flow = Flow(inputs["cls_attention"], inputs["semantic_attention"], inputs["value_mean_heads"])
+    yield relative("score", flowcut.importance(flow), out["score"], 1e-5, 1e-4)
+    counts = _counts(flow.attention, fixture.kwargs)
+    if "prune_num_each" in out:
+        yield exact("prune_num_each", counts.round().long(), out["prune_num_each"])
+    if "prune_num_batch" in out:
+        yield exact("prune_num_batch", counts.max().round().long(), out["prune_num_batch"])
+
+
+def _qwen_scores(fixture: Fixture) -> Iterator[Comparison]:
+    """The official Qwen functions skip the renormalisation and take ln(a + 1e-7)."""
+    relation, semantic = fixture.inputs["relation"], fixture.inputs["semantic"]
+    norm = fixture.inputs["value"].abs().sum(-1)
+    yield relative("score_vit", relation * norm, fixture.outputs["score_vit"], 1e-5, 1e-4)
+    yield relative("score_llm", (relation + semantic) * norm, fixture.outputs["score_llm"], 1e-5, 1e-4)
+    count = _counts(relation, fixture.kwargs, epsilon=1e-7).round().long()
+    yield exact("prune_num", count.reshape(fixture.outputs["prune_num"].shape), fixture.outputs["prune_num"])
+
+
+def _tower(fixture: Fixture) -> Iterator[Comparison]:
+    model, out = clip_tower(fixture.params, fixture.kwargs), fixture.outputs
+    recorded = Recorded(FlowCut(keep=fixture.kwargs["target_num_patches"], where="tower", shared_count=True))
+    with torch.no_grad(), attach(model, recorded) as session:
+        tower = model.model.vision_tower(fixture.inputs["pixel_values"], output_hidden_states=True)
+        assert session._tower is not None and session._tower.state is not None
+        state = session._tower.state
+    yield exact("keep_indices", state.index, out["keep_indices"])
+    if "tokens_after_layer" in out:
+        after = [*state.lengths[1:], state.lengths[-1]]
+        yield exact("tokens_after_layer", after, out["tokens_after_layer"])
+    if "cls_attention_layer0" in out:
+        yield difference("cls_attention_layer0", recorded.signals[0].attention, out["cls_attention_layer0"], 1e-5)
+    yield relative("features", tower.hidden_states[-2][:, 1:], out["features"], 1e-3, 1e-4)
+
+
+def _language(fixture: Fixture) -> Iterator[Comparison]:
+    options, out = fixture.kwargs, fixture.outputs
+    layer = options["prune_layer"]
+    method = FlowCut(keep=options["target_num"], where="language", layer=layer)
+    prefill = prefill_llama(fixture, options["visual_token_pos"], options["visual_token_num"], method)
+    yield exact("keep_indices", prefill.run.stages[-1].index, out["keep_indices"])
+    yield exact("kv_lengths", prefill.kv_lengths, out["kv_lengths"])
+    yield relative("last_hidden_state", prefill.hidden_states[-1], out["last_hidden_state"], 1e-3, 1e-4)
+
+
+def _qwen_tower(fixture: Fixture) -> Iterator[Comparison]:
+    raise Unhandled("FlowCut in the Qwen2-VL tower")
+    yield

@@ -1,0 +1,79 @@
+"""Running every fixture of a folder."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from vislm.errors import AnnotationError, UsageError
+from vislm.golden import checks
+from vislm.golden.fixtures import Comparison, Fixture, Unhandled, read_fixture
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one fixture."""
+
+    method: str
+    case: str
+    status: Literal["pass", "fail", "unknown"]
+    comparisons: list[Comparison] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def max_error(self) -> float:
+        """The largest error of all comparisons."""
+        return max((c.error for c in self.comparisons), default=float("nan"))
+
+
+def verify_folder(folder: Path, data: Path | None = None) -> Iterator[Verdict]:
+    """Run every ``.safetensors`` and ``.json`` fixture below ``folder``; yield verdicts in path order.
+
+    A fixture that no check handles is "unknown", never passed. ``data`` is where data sets lie that a fixture refers to;
+    by default folders named ``data`` beside ``folder`` and its parents are tried.
+
+    Raises:
+        UsageError: no such folder, or one without fixtures.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json"))
+    if not paths:
+        raise UsageError(f"{folder} holds no .safetensors or .json fixtures")
+    places = [data] if data else [p / "data" for p in (folder.resolve(), *folder.resolve().parents[:3])]
+    dirs = [p for p in places if p.is_dir()]
+    for path in paths:
+        yield _verify(path, str(path.relative_to(folder)), dirs)
+
+
+def _verify(path: Path, case: str, data_dirs: list[Path]) -> Verdict:
+    try:
+        fixture = read_fixture(path, data_dirs)
+    except AnnotationError as error:
+        return Verdict("?", case, "unknown", reason=str(error))
+    handled = {m.name for m in pkgutil.iter_modules(checks.__path__)}
+    if fixture.method not in handled:
+        return Verdict(fixture.method, case, "unknown", reason=f"no check for the method {fixture.method!r}")
+    return _run(fixture, case)
+
+
+def _run(fixture: Fixture, case: str) -> Verdict:
+    check = import_module(f"{checks.__name__}.{fixture.method}").check
+    try:
+        comparisons = list(check(fixture))
+    except Unhandled as reason:
+        return Verdict(fixture.method, case, "unknown", reason=str(reason))
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+        if os.environ.get("VISLM_DEBUG"):
+            raise
+        return Verdict(fixture.method, case, "fail", reason=f"{type(error).__name__}: {error}")
+    if not comparisons:
+        return Verdict(fixture.method, case, "unknown", reason="the check compared nothing")
+    worst = [c for c in comparisons if not c.passed]
+    reason = "; ".join(f"{c.name}: error {c.error:.3g} > {c.tolerance:g}" for c in worst[:3])
+    return Verdict(fixture.method, case, "fail" if worst else "pass", comparisons, reason)
