@@ -10,7 +10,7 @@ of CLS, v = their values averaged over heads, L1 norm ||v||. Everything is compu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -168,22 +168,33 @@ class FlowCut:
     def _tower(self, adapter: Adapter, target: int, patches: int) -> list[TowerStage]:
         if target >= patches:
             return []
-        read = adapter.read_layer
         signal = cls_flow if adapter.tower_prefix else mean_query_flow
+        return self.tower_stages(adapter.read_layer, target, signal)
+
+    def tower_stages(
+        self, last: int, target: int, signal: Callable[[AttentionCall], Flow], cell: int = 1
+    ) -> list[TowerStage]:
+        """Return the stages after tower layers 0 .. ``last`` - 1; ``target`` patches are left behind the last one.
+
+        With ``cell`` > 1 whole cells of so many consecutive patches are dropped, scored by their mean: what a merger
+        joins later stays one piece of the picture. The official Qwen2-VL code drops single patches.
+        """
 
         def stage(layer: int) -> TowerStage:
-            select = lambda view: self._select(view, target, read - layer - 1)  # noqa: E731
+            def select(view: TowerView) -> Tensor | None:
+                return self._select(view, target, last - layer - 1, cell)
+
             return TowerStage(layer, signal, select, _gather_history, self.positions)
 
-        return [stage(layer) for layer in range(read)]
+        return [stage(layer) for layer in range(last)]
 
-    def _select(self, view: TowerView, target: int, remaining: int) -> Tensor | None:
+    def _select(self, view: TowerView, target: int, remaining: int, cell: int) -> Tensor | None:
         flow: Flow = view.signal
         score = importance(flow)
         if "score" in view.memory:
             score = self.history * view.memory["score"] + (1.0 - self.history) * score
         view.memory["score"] = score
-        if score.shape[1] <= target and view.valid is None or remaining % self.period:
+        if (score.shape[1] <= target and view.valid is None) or remaining % self.period:
             return None
         alive = torch.full_like(score[:, 0], score.shape[1]) if view.valid is None else view.valid.sum(-1).to(score)
         if remaining == 0:
@@ -192,7 +203,10 @@ class FlowCut:
             dropped = prune_count(entropy_ratio(flow.attention, view.valid), alive, target, remaining)
             dropped = dropped.max().expand_as(dropped) if self.shared_count else dropped
             count = (alive - dropped.round()).clamp(min=target)
-        return _top(score, count, view.valid)
+        if cell == 1:
+            return _top(score, count, view.valid)
+        cells = score.unflatten(1, (-1, cell)).mean(-1)
+        return _top(cells, (count / cell).ceil(), None).repeat_interleave(cell, dim=1)
 
     def _language(self, view: LanguageView) -> Tensor:
         return view.top_per_image(last_token_flow(view.signal, view.image_of), self.keep)

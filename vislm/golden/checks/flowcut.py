@@ -6,9 +6,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from vislm.golden.checks._models import Recorded, clip_tower, prefill_llama
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, difference, exact, relative
+from vislm.lmm.attention import NAME
+from vislm.lmm.hooks import Hooks
+from vislm.lmm.packed_tower import PackedTowerPart
 from vislm.lmm.session import attach
 from vislm.token_pruning import flowcut
 from vislm.token_pruning.flowcut import Flow, FlowCut
@@ -84,5 +89,26 @@ def _language(fixture: Fixture) -> Iterator[Comparison]:
 
 
 def _qwen_tower(fixture: Fixture) -> Iterator[Comparison]:
-    raise Unhandled("FlowCut in the Qwen2-VL tower")
-    yield
+    """Single patches are dropped and the merger joins every four survivors: the official mode."""
+    options, out = fixture.kwargs, fixture.outputs
+    names = ("depth", "embed_dim", "num_heads", "hidden_size", "mlp_ratio", "patch_size", "temporal_patch_size")
+    names += ("spatial_merge_size", "in_channels", "hidden_act")
+    config = Qwen2VLVisionConfig(**{n: options[n] for n in names if n in options})
+    config._attn_implementation = NAME
+    tower = Qwen2VisionTransformerPretrainedModel(config).eval()
+    tower.load_state_dict(fixture.params)
+    method = FlowCut(keep=options["vit_target_patches"])
+    stages = method.tower_stages(config.depth, options["vit_target_patches"], flowcut.mean_query_flow)
+    part, hooks = PackedTowerPart(tower, {s.after_layer: s for s in stages}), Hooks()
+    part.install(hooks)
+    try:
+        with torch.no_grad():
+            merged = tower(fixture.inputs["patches"], fixture.inputs["grid_thw"]).pooler_output
+    finally:
+        hooks.remove()
+    assert part.state is not None
+    for number, step in enumerate(part.state.steps):
+        yield exact(f"keep_step{number}", step[0], out[f"keep_step{number}"])
+    yield exact("steps", len(part.state.steps), sum(name.startswith("keep_step") for name in out))
+    yield exact("tokens_into_block", part.state.tokens, out["tokens_into_block"])
+    yield relative("merged", merged, out["merged"], 1e-3, 1e-4)

@@ -1,0 +1,5 @@
+"""``python -m vislm``."""
+
+from vislm.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Benchmarks: ours and the alternative in one process, medians and ratios."""

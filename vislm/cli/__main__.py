@@ -1,0 +1,5 @@
+"""``python -m vislm.cli``."""
+
+from vislm.cli import main
+
+main()
