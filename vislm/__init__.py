@@ -24,7 +24,20 @@ _EXPORTS = {
     "VHR": "vislm.heads.vhr",
 }
 
-__all__ = [*sorted(_EXPORTS), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "LMM",
+    "VHR",
+    "Answer",
+    "FastV",
+    "FlowCut",
+    "RandomPruning",
+    "__version__",
+    "attach",
+    "attend",
+    "explain",
+    "load_image",
+    "load_lmm",
+]
 
 if TYPE_CHECKING:
     from vislm.heads.vhr import VHR

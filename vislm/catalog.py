@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 
 from vislm import registry
 
@@ -36,8 +37,7 @@ def _methods(kind: str) -> Callable[[], Entries]:
 def _benchmarks() -> Entries:
     from vislm.eval.benchmarks import BENCHMARKS
 
-    for name, text in BENCHMARKS.items():
-        yield name, text
+    yield from BENCHMARKS.items()
 
 
 def _backends() -> Entries:
@@ -71,8 +71,13 @@ def describe(name: str) -> Iterator[str]:
 
 
 def _describe_model(name: str) -> Iterator[str]:
+    from vislm.errors import UnknownName
     from vislm.lmm.cost import DecoderShape, TowerShape
+    from vislm.lmm.loading import EMBEDDED
     from vislm.lmm.model import load_lmm
+
+    if "/" not in name and not Path(name).exists() and name not in EMBEDDED:
+        raise UnknownName("name", name, [*EMBEDDED, *(n for kind in registry.AREAS for n in registry.names(kind))])
 
     lmm = load_lmm(name)
     adapter, config = lmm.adapter, lmm.model.config
@@ -81,9 +86,10 @@ def _describe_model(name: str) -> Iterator[str]:
     rows, columns = adapter.patch_grid
     tokens = [tower.patches] * decoder.layers
     yield f"{name}: {adapter.family}, {size:,} parameters"
-    yield f"  vision tower: {tower.layers} layers x {tower.width}, patch grid {rows} x {columns}, reads layer {adapter.read_layer}"
-    yield f"  language model: {decoder.layers} layers x {decoder.width}, {decoder.heads} heads of {decoder.head_dim}, {decoder.kv_heads} key-value heads"
-    yield f"  one image: tower {tower.flops(None) / 1e9:.3f} GFLOPs, prefill of its tokens {decoder.prefill_flops(tokens) / 1e9:.3f} GFLOPs"
-    yield f"  key-value cache: {decoder.kv_bytes([1] * decoder.layers, 2):,} bytes a token in 16 bit, {decoder.kv_bytes(tokens, 2):,} an image"
+    yield f"  vision tower: {tower.layers} layers x {tower.width}, patch grid {rows} x {columns}"
+    yield f"  language model: {decoder.layers} layers x {decoder.width}, {decoder.heads} heads of {decoder.head_dim}"
+    yield f"  tower: {tower.flops(None) / 1e9:.3f} GFLOPs an image"
+    yield f"  prefill of an image's tokens: {decoder.prefill_flops(tokens) / 1e9:.3f} GFLOPs"
+    yield f"  key-value cache of an image's tokens: {decoder.kv_bytes(tokens, 2):,} bytes in 16 bit"
     for key, value in lmm.fingerprint().items():
         yield f"  {key}: {value}"

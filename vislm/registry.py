@@ -54,7 +54,7 @@ def options(kind: str, name: str) -> dict[str, tuple[str, Any]]:
 
 
 def build(kind: str, spec: str) -> Intervention:
-    """Build a method from ``name:option=value,option=value``, e.g. ``flowcut:keep=16`` or ``vhr:alpha=2,layers=1+18-31``.
+    """Build a method from ``name:option=value,...``, e.g. ``flowcut:keep=16`` or ``vhr:alpha=2,layers=1+18-31``.
 
     Values are read by the option's declared type: numbers, true/false, none, one of a list of words, or layer lists
     joined by ``+`` with ranges ``a-b``.

@@ -44,7 +44,13 @@ families = pytest.mark.parametrize("family", FAMILIES)
 @families
 @pytest.mark.parametrize(
     "neutral",
-    [(), (RandomPruning(keep=1.0),), (FastV(keep=1.0),), (FlowCut(keep=1.0, where="both", tower_keep=PATCHES),), (VHR(alpha=1.0),)],
+    [
+        (),
+        (RandomPruning(keep=1.0),),
+        (FastV(keep=1.0),),
+        (FlowCut(keep=1.0, where="both", tower_keep=PATCHES),),
+        (VHR(alpha=1.0),),
+    ],
     ids=["nothing", "random", "fastv", "flowcut", "vhr"],
 )
 def test_keeping_everything_is_bit_identical(family, neutral) -> None:
@@ -316,16 +322,18 @@ def test_the_attention_matrix_is_never_built() -> None:
 
 def test_conflicts_name_both_owners() -> None:
     model = models.llava()
-    with pytest.raises(PlanConflict, match="random and given both prune the prompt"), attach(
-        model, RandomPruning(keep=4), KeepGiven((0,))
+    with (
+        pytest.raises(PlanConflict, match="random and given both prune the prompt"),
+        attach(model, RandomPruning(keep=4), KeepGiven((0,))),
     ):
         pass
     with pytest.raises(PlanConflict, match=r"fastv.* layer"), attach(model, FastV(layer=9)):
         pass
     with pytest.raises(PlanConflict, match="vhr was given twice"), attach(model, VHR(), VHR(alpha=3.0)):
         pass
-    with pytest.raises(PlanConflict, match=r"given wants original positions and flowcut contiguous"), attach(
-        model, FlowCut(keep=4), KeepGiven((0,))
+    with (
+        pytest.raises(PlanConflict, match=r"given wants original positions and flowcut contiguous"),
+        attach(model, FlowCut(keep=4), KeepGiven((0,))),
     ):
         pass
     with pytest.raises(PlanConflict, match=r"layers \[7\]"), attach(model, VHR(layers=(7,))):

@@ -17,7 +17,9 @@ def _data() -> None:
 
 @app.command()
 def scenes(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write images/, instances.json, captions.json to.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write images/, instances.json, captions.json to.")
+    ],
     seed: Annotated[int, typer.Option("--seed", help="Scene i of a seed is always the same scene.")] = 0,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Number of scenes.")] = 100,
     difficulty: Annotated[str, typer.Option("--difficulty", help="easy, hard or hard2.")] = "hard2",

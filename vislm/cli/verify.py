@@ -44,8 +44,12 @@ def _as_dict(verdict) -> dict:
         "max_error": None if error is None or error != error or error == float("inf") else error,
         "reason": verdict.reason,
         "comparisons": [
-            {"name": c.name, "error": str(c.error) if c.error in (float("inf"),) or c.error != c.error else c.error,
-             "tolerance": c.tolerance, "pass": c.passed}
+            {
+                "name": c.name,
+                "error": str(c.error) if c.error in (float("inf"),) or c.error != c.error else c.error,
+                "tolerance": c.tolerance,
+                "pass": c.passed,
+            }
             for c in verdict.comparisons
         ],
     }

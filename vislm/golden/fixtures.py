@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Unhandled(Exception):  # noqa: N818 - it is a verdict, not a fault
+class Unhandled(Exception):
     """A check does not know this kind of fixture, or lacks what it needs; the reason is the message."""
 
 
@@ -61,7 +61,11 @@ def read_fixture(path: Path, data_dirs: list[Path] | None = None) -> Fixture:
             meta = data["meta"]
             kwargs = meta.get("kwargs", {})
             return Fixture(
-                path, meta["method"].lower(), meta.get("class_or_function", ""), kwargs, data=data,
+                path,
+                meta["method"].lower(),
+                meta.get("class_or_function", ""),
+                kwargs,
+                data=data,
                 data_dirs=data_dirs or [],
             )
         from safetensors import safe_open
@@ -92,12 +96,14 @@ def read_fixture(path: Path, data_dirs: list[Path] | None = None) -> Fixture:
 def difference(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Comparison:
     """Compare floats: the maximum absolute error, infinite for different shapes."""
     if ours.shape != theirs.shape:
-        return Comparison(f"{name} (shape {tuple(ours.shape)}, expected {tuple(theirs.shape)})", float("inf"), tolerance)
+        return Comparison(
+            f"{name} (shape {tuple(ours.shape)}, expected {tuple(theirs.shape)})", float("inf"), tolerance
+        )
     return Comparison(name, (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0, tolerance)
 
 
 def relative(name: str, ours: Tensor, theirs: Tensor, absolute: float, ratio: float) -> Comparison:
-    """Compare floats with tolerance ``absolute + ratio |theirs|``; the error is scaled so that ``absolute`` is the bound."""
+    """Compare floats with tolerance ``absolute + ratio |theirs|``, scaled so that ``absolute`` is the bound."""
     if ours.shape != theirs.shape:
         return difference(name, ours, theirs, absolute)
     error = (ours.double() - theirs.double()).abs() / (1.0 + ratio / absolute * theirs.double().abs())

@@ -34,8 +34,8 @@ class Verdict:
 def verify_folder(folder: Path, data: Path | None = None) -> Iterator[Verdict]:
     """Run every ``.safetensors`` and ``.json`` fixture below ``folder``; yield verdicts in path order.
 
-    A fixture that no check handles is "unknown", never passed. ``data`` is where data sets lie that a fixture refers to;
-    by default folders named ``data`` beside ``folder`` and its parents are tried.
+    A fixture that no check handles is "unknown", never passed. ``data`` is where data sets lie that a fixture refers
+    to; by default folders named ``data`` beside ``folder`` and its parents are tried.
 
     Raises:
         UsageError: no such folder, or one without fixtures.

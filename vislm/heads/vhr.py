@@ -84,10 +84,10 @@ class VHR:
             assert view.text_only_output is not None
             vhd = divergence(view.image_output, view.text_only_output, self.squared)
             outlier = outliers(vhd, text_norm(view.text_only_output), self.std) if self.outlier_rule else None
-            view.memory[view.layer] = select_heads(vhd, outlier) & view.has_image[:, None]
+            selected = select_heads(vhd, outlier) & view.has_image[:, None]
             view.memory.setdefault("vhd", {})[view.layer] = vhd
-        chosen: Tensor = view.memory[view.layer]
-        return torch.where(chosen, self.alpha, 1.0)
+            view.memory.setdefault("selected", {})[view.layer] = selected
+        return torch.where(view.memory["selected"][view.layer], self.alpha, 1.0)
 
 
 def default_layers(depth: int) -> frozenset[int]:

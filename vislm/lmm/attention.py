@@ -84,13 +84,22 @@ def vislm_attention(
 ) -> tuple[Tensor, None]:
     """Return sdpa's output (B, Nq, H, d), passed through the site that watches ``module``, if any."""
     out, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs  # pyright: ignore[reportArgumentType]
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        **kwargs,  # pyright: ignore[reportArgumentType]
     )
     site = _SITES.get(module)
     if site is None:
         return out, None
     queries, keys = query.shape[2], key.shape[2]
-    causal = attention_mask is None and queries > 1 and bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
+    causal = (
+        attention_mask is None and queries > 1 and bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
+    )
     if causal and keys > queries:  # the empty tail of a static cache
         key, value = key[:, :, :queries], value[:, :, :queries]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5

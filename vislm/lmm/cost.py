@@ -40,7 +40,7 @@ class DecoderShape:
         )
 
     def prefill_flops(self, tokens: Sequence[int]) -> int:
-        """Return the FLOPs of one prompt's prefill; ``tokens[l]`` columns enter layer l. Logits of the last row only."""
+        """Return the FLOPs of one prompt's prefill; ``tokens[l]`` columns enter layer l; logits of the last row."""
         inner, d = self.heads * self.head_dim, self.width
         total = 2 * d * self.vocabulary
         for n in tokens:
@@ -89,7 +89,7 @@ class TowerShape:
 
     def flops(self, tokens: Sequence[int] | None, projected: int | None = None) -> int:
         """Return the FLOPs of one image; ``tokens[l]`` patches enter layer l, ``projected`` reach the projector."""
-        tokens = [self.patches] * self.layers if not tokens else tokens
+        tokens = tokens or [self.patches] * self.layers
         c, d = self.width, self.projector_width
         total = 2 * self.patches * self.patch_values * c
         for n in (t + self.prefix for t in tokens):

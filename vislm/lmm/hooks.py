@@ -23,9 +23,14 @@ class Hooks:
         """Call ``hook(module, args, kwargs)`` before the module's forward; it may return new ``(args, kwargs)``."""
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def after(self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict[str, Any], Any], Any]) -> None:
-        """Call ``hook(module, args, kwargs, output)`` after the forward; it may return a new output."""
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    def after(
+        self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict[str, Any], Any], Any], always: bool = False
+    ) -> None:
+        """Call ``hook(module, args, kwargs, output)`` after the forward; it may return a new output.
+
+        With ``always`` also when the forward raised (output None).
+        """
+        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
 
     def watch(self, module: nn.Module, site: Site) -> None:
         """Hand every attention call of ``module`` to ``site``."""

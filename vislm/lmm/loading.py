@@ -36,7 +36,7 @@ def load_pretrained(
         processor = AutoProcessor.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"cannot load {name!r}: {error}") from error
-    model = model.to(device).eval()
+    model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
     return model, processor, {"model": name, "weights": weights}
 
 

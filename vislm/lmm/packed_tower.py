@@ -53,9 +53,7 @@ class PackedTowerPart:
         for number, block in enumerate(self.blocks):
             hooks.before(block, lambda module, args, kwargs, n=number: self._before_block(n, args, kwargs))
             if number in self.stages:
-                hooks.watch(
-                    block.get_submodule("attn"), lambda call, out, n=number: self._signal(n, call, out)
-                )
+                hooks.watch(block.get_submodule("attn"), lambda call, out, n=number: self._signal(n, call, out))
         hooks.before(self.tower.get_submodule("merger"), self._before_merger)
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -70,7 +70,8 @@ def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Pla
             f"{wanted['original']} wants original positions and {wanted['contiguous']} contiguous ones for the tokens "
             "before the language model; set positions= of one of them"
         )
-    plan.positions = next(iter(wanted), "original")
+    for positions in wanted:
+        plan.positions = positions
     return plan
 
 
@@ -81,7 +82,9 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
         _claim(plan, plan.tower, stage.after_layer, owner, stage, "the vision tower after layer")
         others = {o for o, _ in plan.tower.values()}
         if len(others) > 1:
-            raise PlanConflict(f"{' and '.join(plan.interventions[o].name for o in sorted(others))} both prune the tower")
+            raise PlanConflict(
+                f"{' and '.join(plan.interventions[o].name for o in sorted(others))} both prune the tower"
+            )
     elif isinstance(stage, PromptStage):
         if plan.prompt:
             raise PlanConflict(f"{plan.interventions[plan.prompt[0][0]].name} and {name} both prune the prompt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +65,7 @@ class PromptPart:
         image_of = number_images(is_image, None if features is None else [len(f) for f in features])
         has_image = is_image.any(-1)
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if not self.drops or features is None:
+        if not self.drops or encoded is None or features is None:
             return PromptMap(ids.shape[1], index, None, image_of, has_image)
 
         keeps = [self._select(n, f, image_of) for n, f in enumerate(features)]
@@ -82,8 +82,8 @@ class PromptPart:
         prompt = PromptMap(ids.shape[1], index, valid, gather_rows(image_of, index), has_image, untouched=False)
         if valid is not None:
             prompt.image_of = prompt.image_of.masked_fill(~valid, -1)
-        encoded = type(encoded)(pooler_output=[f[k] for f, k in zip(features, keeps, strict=True)])
-        kwargs["mm_encoder_outputs"] = {**kwargs["mm_encoder_outputs"], "image": encoded}
+        kept = replace(encoded, pooler_output=[f[k] for f, k in zip(features, keeps, strict=True)])
+        kwargs["mm_encoder_outputs"] = {**kwargs["mm_encoder_outputs"], "image": kept}
         self._shorten(kwargs, prompt, mask)
         return prompt
 

@@ -22,7 +22,7 @@ from vislm.lmm.interventions import Intervention
 from vislm.lmm.plan import Plan, compile_plan
 from vislm.lmm.prompt import PromptMap, PromptPart
 from vislm.lmm.run import Run, clock
-from vislm.lmm.tower import TowerPart
+from vislm.lmm.tower import TowerPart, TowerState
 
 
 class Session:
@@ -53,6 +53,11 @@ class Session:
             run = self._pending = Run()
         return run
 
+    @property
+    def tower_state(self) -> TowerState | None:
+        """Which patches the tower has kept in its last encoding; None if no method prunes it."""
+        return self._tower.state if self._tower else None
+
     # -- installing --------------------------------------------------------------------------------------------------
     def install(self) -> None:
         """Add the hooks and select vislm's attention function where attention must be seen."""
@@ -63,7 +68,7 @@ class Session:
             if self._tower:
                 self._tower.install(self._hooks)
             self._hooks.before(self.adapter.model, self._before_model)
-            self._hooks.after(self.adapter.model, self._after_model)
+            self._hooks.after(self.adapter.model, self._after_model, always=True)
             if self._decoder:
                 self._decoder.install(self._hooks)
             if self.plan.watches_language:
@@ -87,8 +92,8 @@ class Session:
         for key, name in before.items():
             if name not in ("sdpa", attention.NAME):
                 raise UsageError(
-                    f"the model's {key} uses attn_implementation={name!r}; vislm computes what 'sdpa' computes, so load "
-                    "the model with attn_implementation='sdpa'"
+                    f"the model's {key} uses attn_implementation={name!r}; vislm computes what 'sdpa' computes, so "
+                    "load the model with attn_implementation='sdpa'"
                 )
         self._implementations = before
         if before:
@@ -96,11 +101,12 @@ class Session:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._pending = Run()
-        self._started = clock(self.adapter.model.device)
+        if self.phase is None:  # else the model encodes its images itself, within the run that has begun
+            self._pending = Run()
+        self._tower_started = clock(self.adapter.model.device)
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.run.seconds["tower"] += clock(self.adapter.model.device) - self._started
+        self.run.seconds["tower"] += clock(self.adapter.model.device) - self._tower_started
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         kwargs = named_arguments(module, args, kwargs)
@@ -124,6 +130,8 @@ class Session:
             self._decoder.start(cache)
         if self._heads:
             self._heads.start(ids, mask)
+        if self._pending is None or kwargs.get("pixel_values") is not None:
+            self._pending = Run()
         self.phase, self.prompt = "prefill", None
         self.prompt = self._prompt.prefill(kwargs)
         run = self.last_run = self.run
@@ -135,12 +143,12 @@ class Session:
         elif ids is not None:
             numbers = self.prompt.image_of[self.prompt.image_of >= 0]
             run.visual_tokens = numbers.bincount().tolist()
-        if self._tower and self._tower.state:
-            run.tower_tokens = self._tower.state.lengths
+        if self.tower_state:
+            run.tower_tokens = self.tower_state.lengths
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        run, phase = self.last_run, self.phase
-        if run is None or phase is None:
+        run, phase, self.phase = self.last_run, self.phase, None
+        if run is None or phase is None or output is None:
             return
         run.seconds[phase] += clock(self.adapter.model.device) - self._started
         layers = getattr(getattr(output, "past_key_values", None), "layers", [])

@@ -72,20 +72,20 @@ class TowerPart:
             self.state = TowerState(tokens, index)
         state = self.state
         assert state is not None
-        changed = number - 1 in self.stages and (shorter := self._drop(number - 1, hidden, state)) is not None
-        if changed:
-            hidden = shorter
+        shorter = self._drop(number - 1, hidden, state)
         state.lengths.append(state.index.shape[1])
-        if not changed and state.valid is None:
+        if shorter is None and state.valid is None:
             return None
         arguments = named_arguments(module, args, kwargs)
         if state.valid is not None:
             prefix = state.valid.new_ones(state.valid.shape[0], self.prefix)
             arguments["attention_mask"] = torch.cat([prefix, state.valid], 1)[:, None, None, :]
         arguments.pop("hidden_states", None)
-        return (hidden,), arguments
+        return (hidden if shorter is None else shorter,), arguments
 
     def _drop(self, layer: int, hidden: Tensor, state: TowerState) -> Tensor | None:
+        if layer not in self.stages:
+            return None
         owner, stage = self.stages[layer]
         memory = self.session.run.memory[owner]
         view = TowerView(state.signal, layer, state.valid, state.num_patches, memory)

@@ -154,7 +154,9 @@ class FlowCut:
             stages += self._tower(adapter, self._target(patches, where), patches)
         if where in ("language", "both"):
             if self.layer + 1 >= len(adapter.layers):
-                raise PlanConflict(f"flowcut: layer={self.layer} is not before the last of {len(adapter.layers)} layers")
+                raise PlanConflict(
+                    f"flowcut: layer={self.layer} is not before the last of {len(adapter.layers)} layers"
+                )
             stages.append(LanguageStage(self.layer + 1, self.layer, lambda call: call, self._language, self.positions))
         return stages
 

@@ -66,7 +66,8 @@ def _text(width: int) -> LlamaConfig:
 
 
 def _llava(vision: CLIPVisionConfig, text: LlamaConfig) -> LlavaForConditionalGeneration:
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=text.vocab_size - 1)
+    config = LlavaConfig(vision_config=vision, text_config=text)
+    config.image_token_id = text.vocab_size - 1
     model = LlavaForConditionalGeneration(config)
     model.set_attn_implementation("sdpa")
     return model
@@ -121,5 +122,5 @@ def prefill_llama(fixture: Fixture, start: int, count: int, method: Intervention
     with torch.no_grad(), attach(model, recorded) as session:
         out = model(input_ids=ids, mm_encoder_outputs=images, use_cache=True, output_hidden_states=True)
         run = session.last_run
-    assert out.hidden_states is not None and run is not None
+    assert run is not None
     return Prefill(out.hidden_states, run, recorded.signals, run.layer_tokens)

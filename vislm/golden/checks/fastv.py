@@ -22,7 +22,9 @@ def check(fixture: Fixture) -> Iterator[Comparison]:
     if "attention_rank_layer_last_row" in fixture.outputs:
         yield relative("last row", prefill.signals[0][0], fixture.outputs["attention_rank_layer_last_row"], 1e-5, 1e-4)
     expected = fixture.outputs["last_hidden_state"]
-    if expected.shape[1] == embeds.shape[1]:  # mask mode: outputs at kept positions are equal, dropped ones are not read
+    if (
+        expected.shape[1] == embeds.shape[1]
+    ):  # mask mode: outputs at kept positions are equal, dropped ones are not read
         text = [i for i in range(embeds.shape[1]) if not start <= i < start + count]
         expected = expected[:, sorted([*text, *(kept + start).tolist()])]
     yield relative("last_hidden_state", prefill.hidden_states[-1], expected, 1e-3, 1e-4)

@@ -67,8 +67,8 @@ def _tower(fixture: Fixture) -> Iterator[Comparison]:
     recorded = Recorded(FlowCut(keep=fixture.kwargs["target_num_patches"], where="tower", shared_count=True))
     with torch.no_grad(), attach(model, recorded) as session:
         tower = model.model.vision_tower(fixture.inputs["pixel_values"], output_hidden_states=True)
-        assert session._tower is not None and session._tower.state is not None
-        state = session._tower.state
+        state = session.tower_state
+    assert state is not None
     yield exact("keep_indices", state.index, out["keep_indices"])
     if "tokens_after_layer" in out:
         after = [*state.lengths[1:], state.lengths[-1]]

@@ -89,7 +89,7 @@ def _generate(fixture: Fixture, stream: str, depth: range) -> tuple[Tensor, Tens
     method = VHR(alpha=options["alpha"], layers=tuple(options["layers"]), text_stream=stream, std=options["std"])  # pyright: ignore[reportArgumentType]
     model.generation_config.eos_token_id = None
     with torch.no_grad(), attach(model, method) as session:
-        generated = model.generate(
+        generated = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids=ids,
             mm_encoder_outputs=images,
             max_new_tokens=options["new_tokens"] + 1,
@@ -104,6 +104,5 @@ def _generate(fixture: Fixture, stream: str, depth: range) -> tuple[Tensor, Tens
     tokens = generated.sequences[0, ids.shape[1] :][: options["new_tokens"]]
     missing = torch.full((options["num_heads"],), torch.nan)
     vhd = torch.stack([memory["vhd"].get(n, missing[None])[0] for n in depth])
-    selected = torch.stack([memory[n][0] if n in memory else missing.isinf() for n in depth])
+    selected = torch.stack([memory["selected"][n][0] if n in memory["selected"] else missing.isinf() for n in depth])
     return logits, tokens, vhd, selected
-

@@ -1,6 +1,7 @@
 """LLaVA-NeXT (1.6): a base view and a grid of tiles, whose rows end in a newline token.
 
-Source: Liu et al., "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge", 2024; transformers ``models/llava_next``.
+Source: Liu et al., "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge", 2024; transformers
+``models/llava_next``.
 """
 
 from __future__ import annotations

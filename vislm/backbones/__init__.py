@@ -1,0 +1,1 @@
+"""Vision backbones that plug in any attention: not built yet (see CHANGELOG)."""
