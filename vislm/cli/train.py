@@ -15,6 +15,6 @@ def train_tiny(
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Continue a killed run in the folder.")] = True,
 ) -> None:
     """Train the embedded model vislm-tiny from scratch (about half an hour on two CPU cores)."""
-    from vislm.training.tiny_lmm.train import train_tiny as train
+    from vislm.training.tiny.train import train_tiny as train
 
     train(out, seed=seed, resume=resume, threads=threads)
