@@ -43,6 +43,7 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image, *, max_pixe
         raise ImageError(name, "no such file" if not Path(source).exists() else "not a file")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # odd metadata is common; whether it decodes is what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 image = source
