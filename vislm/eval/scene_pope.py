@@ -1,0 +1,95 @@
+"""POPE questions about generated scenes, and oracles that never see the picture.
+
+A model that an oracle explains has learnt which objects go together, not to look.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from vislm.data.scene_categories import CATEGORIES, THEMES, UNIVERSALS
+from vislm.eval.pope import SPLITS, TEMPLATE, Question, auroc
+
+STATISTICS_SCENES, STATISTICS_SEED = 4000, 5
+OFF_THEME = 0.01
+
+
+def scene_questions(objects: Mapping[str, Sequence[str]], seed: int = 0) -> list[Question]:
+    """Build all three splits: per scene k = min(3, present) present and k absent categories.
+
+    The present ones are the same in every split. random: uniform; popular: most frequent over 4,000 other scenes;
+    adversarial: highest sum of co-occurrences with all present ones over those scenes.
+    """
+    frequency, together = _statistics()
+    questions: list[Question] = []
+    for image, shown in objects.items():
+        rng = random.Random(f"{seed}/{image}")
+        present = [c for c in CATEGORIES if c in shown]
+        absent = [c for c in CATEGORIES if c not in shown]
+        k = min(3, len(present), len(absent))
+        negatives = {
+            "random": rng.sample(absent, k),
+            "popular": sorted(absent, key=lambda c: -frequency[c])[:k],
+            "adversarial": sorted(absent, key=lambda c: -sum(together[c, p] for p in present))[:k],
+        }
+        positives = rng.sample(present, k)
+        for split in SPLITS:
+            for name, label in [(p, "yes") for p in positives] + [(n, "no") for n in negatives[split]]:
+                text = TEMPLATE.format(name)
+                questions.append(Question(f"{split}/{image}/{name}", split, image, text, label))
+    return questions
+
+
+@cache
+def _statistics() -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    from vislm.data.scenes import co_occurrence, generate_scenes
+
+    counts = co_occurrence(generate_scenes(STATISTICS_SCENES, STATISTICS_SEED))
+    frequency = {c: int(counts[i, i]) for i, c in enumerate(CATEGORIES)}
+    pairs = {(a, b): int(counts[i, j]) for i, a in enumerate(CATEGORIES) for j, b in enumerate(CATEGORIES)}
+    return frequency, pairs
+
+
+def probability(category: str, theme: str) -> float:
+    """Return how likely a category is in a scene of a theme, as the oracles model it."""
+    return THEMES[theme][1].get(category, UNIVERSALS.get(category, OFF_THEME))
+
+
+def context_oracle(category: str, others: Sequence[str]) -> float:
+    """Return P(category present | exactly ``others`` of the remaining categories are present), by Bayes over themes."""
+    weights = {}
+    for theme, (prior, _) in THEMES.items():
+        weight = prior
+        for name in CATEGORIES:
+            if name != category:
+                p = probability(name, theme)
+                weight *= p if name in others else 1.0 - p
+        weights[theme] = weight
+    return sum(w * probability(category, t) for t, w in weights.items()) / sum(weights.values())
+
+
+def oracle_table(
+    questions: Sequence[Question], objects: Mapping[str, Sequence[str]], themes: Mapping[str, str | None]
+) -> dict[str, dict[str, Any]]:
+    """Return split -> oracle -> AUROC, accuracy at its best threshold (fitted on these questions) and at 1/2."""
+    table: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        asked = [(q, q.id.rsplit("/", 1)[1]) for q in questions if q.split == split]
+        positive = [q.label == "yes" for q, _ in asked]
+        context = [context_oracle(c, [o for o in objects[q.image] if o != c]) for q, c in asked]
+        table[split] = {"context_only": _accuracies(positive, context)}
+        if all(themes.get(q.image) for q, _ in asked):
+            theme = [probability(c, str(themes[q.image])) for q, c in asked]
+            table[split]["true_theme"] = _accuracies(positive, theme)
+    return table
+
+
+def _accuracies(positive: Sequence[bool], scores: Sequence[float]) -> dict[str, float]:
+    n = max(1, len(scores))
+    thresholds = [*sorted(set(scores)), float("inf")]
+    best = max(sum((s >= t) == p for s, p in zip(scores, positive, strict=True)) for t in thresholds)
+    at_half = sum((s > 0.5) == p for s, p in zip(scores, positive, strict=True))
+    return {"auroc": auroc(positive, scores), "best_accuracy": best / n, "accuracy_at_half": at_half / n}

@@ -1,0 +1,33 @@
+"""Which words name which object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Object names, their synonyms, and two-word phrases that are one word."""
+
+    objects: tuple[str, ...]
+    node_of: dict[str, str]
+    """Word -> object ("node word")."""
+    phrases: dict[str, str] = field(default_factory=dict)
+    """"fire hydrant"-like pair of singular words -> the word that it counts as."""
+
+
+@cache
+def coco_vocabulary() -> Vocabulary:
+    """Return the 80 COCO objects with CHAIR's synonyms (LisaAnne/Hallucination, BSD 2-Clause)."""
+    data = json.loads((Path(__file__).parent / "data" / "chair_vocabulary.json").read_text(encoding="utf-8"))
+    node_of = {word: name for name, words in data["synonyms"].items() if name for word in words}
+    return Vocabulary(tuple(data["objects"]), node_of, data["double_words"])
+
+
+def vocabulary_of(names: Sequence[str]) -> Vocabulary:
+    """Return a vocabulary of plain category names; a name of two words is found as a phrase."""
+    return Vocabulary(tuple(names), {n: n for n in names}, {n: n for n in names if n.count(" ") == 1})
