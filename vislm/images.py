@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -42,13 +43,14 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image, *, max_pixe
     if isinstance(source, (str, os.PathLike)) and not Path(source).is_file():
         raise ImageError(name, "no such file" if not Path(source).exists() else "not a file")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore", UserWarning)  # odd metadata is common; whether it decodes is what counts
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 image = source
             else:
-                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+                opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+                image = stack.enter_context(opened)
             width, height = image.size
             if width * height > max_pixels or max(width, height) > MAX_SIDE:
                 raise ImageError(

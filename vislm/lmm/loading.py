@@ -21,20 +21,20 @@ def load_pretrained(
     name: str, dtype: torch.dtype | str | None, device: torch.device
 ) -> tuple[PreTrainedModel, Any, dict[str, str]]:
     """Return model (eval mode), processor and identity {"model", "weights"} of an image-text checkpoint."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = EMBEDDED.get(name, Path(name))
     local = folder.is_dir()
     source = str(folder) if local else name
     weights = _check_folder(folder) if local else _check_hub_name(name)
-    if name in EMBEDDED and dtype is None:
-        dtype = torch.float32
+    precision = torch.float32 if name in EMBEDDED and dtype is None else _dtype(dtype)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=_dtype(dtype), use_safetensors=True, attn_implementation="sdpa", local_files_only=local
+            source, dtype=precision, use_safetensors=True, attn_implementation="sdpa", local_files_only=local
         )
         processor = AutoProcessor.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {name!r}: {error}") from error
     model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
     return model, processor, {"model": name, "weights": weights}

@@ -1,0 +1,64 @@
+"""CHAIR beyond the fixtures."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vislm.data.scene_categories import CATEGORIES
+from vislm.data.scenes import generate_scenes
+from vislm.data.turns import caption, plural
+from vislm.errors import AnnotationError
+from vislm.eval import chair
+from vislm.eval.singularize import singularize
+from vislm.eval.vocabulary import coco_vocabulary, vocabulary_of
+
+
+def test_the_generator_s_own_captions_score_perfectly() -> None:
+    vocabulary = vocabulary_of(CATEGORIES)
+    scores = [chair.score_caption(caption(s), s.present, vocabulary) for s in generate_scenes(60, 3)]
+    result = chair.overall(scores)
+    assert (result["CHAIR_i"], result["CHAIR_s"], result["Recall"]) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", CATEGORIES)
+def test_plurals_of_scene_categories_are_found(name) -> None:
+    assert chair.mentions(f"there are two red {plural(name)} .", vocabulary_of(CATEGORIES)).nodes == [name]
+
+
+def test_repeated_mentions_count_each_time() -> None:
+    score = chair.score_caption("a cat, a cat and a dog.", {"dog"}, coco_vocabulary())
+    assert score.hallucinated == [("cat", "cat")] * 2
+    assert score.chair_i == pytest.approx(2 / 3)
+    assert chair.overall([score])["CHAIR_i"] == pytest.approx(2 / 3)
+
+
+def test_no_mentions_and_no_truth() -> None:
+    result = chair.overall([chair.score_caption("", set(), coco_vocabulary())])
+    assert (result["CHAIR_i"], result["Recall"], len(result["warnings"])) == (0.0, 0.0, 2)
+    assert chair.overall([])["n"] == 0
+
+
+def test_truth_joins_instances_and_captions() -> None:
+    truth = chair.ground_truth({1: ["dog"]}, {1: ["a man on a motorcycle"], 2: ["a bus"]}, coco_vocabulary())
+    assert truth == {1: {"dog", "person", "motorcycle"}, 2: set()}  # "bus" is singularised to "bu": official
+
+
+def test_object_tables(tmp_path) -> None:
+    path = tmp_path / "table.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"7": [1, 3]}).encode()))
+    assert chair.read_object_table(path, coco_vocabulary()) == {7: {"person", "car"}}
+    path.write_bytes(b"junk")
+    with pytest.raises(AnnotationError, match="not an object table"):
+        chair.read_object_table(path, coco_vocabulary())
+
+
+@given(st.text(max_size=60))
+def test_any_text_can_be_scored(text) -> None:
+    found = chair.mentions(text, coco_vocabulary())
+    assert len(found.words) == len(found.nodes) == len(found.indices)
+    assert all(singularize(w) is not None for w in found.tokens)
