@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vislm import VHR, FlowCut, registry
@@ -53,3 +55,36 @@ def test_values_of_the_wrong_type_are_refused(spec) -> None:
 def test_unknown_kind() -> None:
     with pytest.raises(UnknownName, match="pruning"):
         registry.names("prunning")
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: "/".join(p.parts[-3:]))
+def test_every_config_loads(path) -> None:
+    kind = "pruning" if "token_pruning" in path.parts else "heads"
+    assert registry.build(kind, str(path)).name == path.parent.name
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("method: flowcut\noption: {}", "did you mean 'options'"),
+        ("method: flowcut\noptions: {keeep: 3}", "did you mean 'keep'"),
+        ("options: {}", "needs the keys"),
+        ("method: flowcut\noptions: 5", "expected a mapping"),
+        ("- 1", "needs the keys"),
+        ("a: [", "cannot read"),
+        ("!!python/object/apply:os.system ['true']", "cannot read"),
+    ],
+)
+def test_faulty_configs_name_the_key(tmp_path, content, message) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        registry.build("pruning", str(tmp_path / "c.yaml"))
+
+
+def test_missing_configs() -> None:
+    with pytest.raises(UsageError, match="cannot read"):
+        registry.build("pruning", "none.yaml")

@@ -7,6 +7,7 @@ import pkgutil
 import types
 import typing
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vislm.errors import UnknownName, UsageError
@@ -59,10 +60,14 @@ def build(kind: str, spec: str) -> Intervention:
     Values are read by the option's declared type: numbers, true/false, none, one of a list of words, or layer lists
     joined by ``+`` with ranges ``a-b``.
 
+    A spec that ends in .yaml names a file with the keys ``method`` and ``options`` instead (see configs/).
+
     Raises:
         UnknownName: unknown method or option.
-        UsageError: a value of the wrong type.
+        UsageError: a value of the wrong type, a file that cannot be read.
     """
+    if spec.endswith((".yaml", ".yml")):
+        return _from_file(kind, Path(spec))
     name, _, rest = spec.partition(":")
     cls = method(kind, name.strip())
     hints = typing.get_type_hints(cls)
@@ -76,6 +81,25 @@ def build(kind: str, spec: str) -> Intervention:
             raise UnknownName(f"option of {name}", option, known)
         arguments[option] = parse_value(text, hints[option], f"{name}: {option}")
     return cls(**arguments)
+
+
+def _from_file(kind: str, path: Path) -> Intervention:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("method"), str):
+        raise UsageError(f"{path} needs the keys method (a name) and options (a mapping)")
+    for key in content:
+        if key not in ("method", "options"):
+            raise UnknownName(f"key in {path}", str(key), ("method", "options"))
+    chosen = content.get("options") or {}
+    if not isinstance(chosen, dict):
+        raise UsageError(f"{path}: options is {chosen!r}; expected a mapping")
+    pairs = (f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in chosen.items())
+    return build(kind, f"{content['method']}:{','.join(pairs)}")
 
 
 def parse_value(text: str, hint: Any, where: str) -> Any:

@@ -6,9 +6,19 @@ import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vislm.lmm.model import Answer
+
+@dataclass(frozen=True)
+class Answer:
+    """What the runner reads of ``vislm.Answer``, without loading torch in every process that a test kills."""
+
+    text: str
+    candidates: dict[str, float] = field(default_factory=dict)
+    visual_tokens: int = 0
+    visual_tokens_kept: int = 0
+    seconds: float = 0.0
 
 
 class Oracle:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scenes import generate_scenes
 from vislm.data.turns import caption, plural
-from vislm.errors import AnnotationError
+from vislm.errors import AnnotationError, UsageError
 from vislm.eval import chair
 from vislm.eval.singularize import singularize
 from vislm.eval.vocabulary import coco_vocabulary, vocabulary_of
@@ -28,6 +28,22 @@ def test_the_generator_s_own_captions_score_perfectly() -> None:
 @pytest.mark.parametrize("name", CATEGORIES)
 def test_plurals_of_scene_categories_are_found(name) -> None:
     assert chair.mentions(f"there are two red {plural(name)} .", vocabulary_of(CATEGORIES)).nodes == [name]
+
+
+def test_names_that_the_singulariser_spoils_are_found_all_the_same() -> None:
+    vocabulary = vocabulary_of(["bus", "traffic light", "glass"])
+    text = "a bus, two buses, a glass and glasses near traffic lights and a traffic light"
+    assert chair.mentions(text, vocabulary).nodes == ["bus"] * 2 + ["glass"] * 2 + ["traffic light"] * 2
+    with pytest.raises(UsageError, match="has 3 words"):
+        vocabulary_of(["stove top oven"])
+
+
+def test_figures_of_each_object() -> None:
+    scores = [chair.score_caption("a cat and a dog", {"dog", "bird"}, coco_vocabulary())]
+    table = chair.by_object(scores)
+    assert table["cat"] == {"mentions": 1, "hallucinated": 1, "images": 0, "recall": 0.0}
+    assert table["dog"] == {"mentions": 1, "hallucinated": 0, "images": 1, "recall": 1.0}
+    assert table["bird"] == {"mentions": 0, "hallucinated": 0, "images": 1, "recall": 0.0}
 
 
 def test_repeated_mentions_count_each_time() -> None:
@@ -52,9 +68,10 @@ def test_object_tables(tmp_path) -> None:
     path = tmp_path / "table.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"7": [1, 3]}).encode()))
     assert chair.read_object_table(path, coco_vocabulary()) == {7: {"person", "car"}}
-    path.write_bytes(b"junk")
-    with pytest.raises(AnnotationError, match="not an object table"):
-        chair.read_object_table(path, coco_vocabulary())
+    for content in (b"junk", path.read_bytes()[:-9], gzip.compress(b'{"7": [999]}'), gzip.compress(b"[]")):
+        path.write_bytes(content)
+        with pytest.raises(AnnotationError, match="not an object table"):
+            chair.read_object_table(path, coco_vocabulary())
 
 
 @given(st.text(max_size=60))

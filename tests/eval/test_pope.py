@@ -31,7 +31,9 @@ def test_popular_negatives_are_the_most_frequent_absent_objects() -> None:
     counts, _ = pope.statistics(OBJECTS)
     order = sorted(counts, key=lambda o: -counts[o])
     for image, shown in OBJECTS.items():
-        asked = [q.text for q in pope.build(OBJECTS, "popular", random.Random(0)) if q.image == image and q.label == "no"]
+        asked = [
+            q.text for q in pope.build(OBJECTS, "popular", random.Random(0)) if q.image == image and q.label == "no"
+        ]
         assert asked == [pope.TEMPLATE.format(o) for o in order if o not in shown][:3]
 
 
@@ -63,12 +65,49 @@ def test_question_files_of_all_kinds(tmp_path) -> None:
     assert [(q.text, q.label) for q in pope.read_questions(path, "random")] == [("p", "yes"), ("q", "no")]
 
 
+def test_the_split_comes_from_the_entry_or_the_name_of_the_file(tmp_path) -> None:
+    path = tmp_path / "coco_pope_popular.json"
+    rows = [{"question_id": 1, "image": "a.jpg", "text": "q", "label": "yes"}]
+    path.write_text(json.dumps(rows))
+    assert pope.read_questions(path)[0].id == "popular/1"
+    rows = [{**rows[0], "category": split} for split in pope.SPLITS]  # ids restart in each split of LLaVA's file
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [q.id for q in pope.read_questions(path)] == [f"{split}/1" for split in pope.SPLITS]
+
+
+def test_images_are_drawn_among_those_with_enough_objects() -> None:
+    objects = {**OBJECTS, "poor.jpg": ["bx"]}
+    drawn = pope.draw_images(objects, 10, random.Random(3))
+    assert len(drawn) == 10
+    assert "poor.jpg" not in drawn
+    assert list(drawn) == list(pope.draw_images(objects, 10, random.Random(3)))
+    with pytest.raises(UsageError, match="20 images show 3 or more objects; 21"):
+        pope.draw_images(objects, 21, random.Random(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Is there a hot dog in the image?", "hot dog"),
+        ("Is there an orange in the imange?", "orange"),
+        ("is there a star in the image ?", "star"),
+        ("Is there a cat in the image?\nAnswer the question using a single word or phrase.", "cat"),
+        ("What is this?", None),
+    ],
+)
+def test_objects_are_read_from_questions(text, name) -> None:
+    assert pope.object_of(text) == name
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"image": "a"', "not JSON lines"),
+        ('{"image": "a"', "line 1 is not JSON"),
+        ("[1, 2", "cannot read"),
+        ("[" * 100_000, "cannot read"),
+        ('{"image": "../a", "text": "b", "label": "yes"}', "not a file name below the image folder"),
         ('{"image": "a", "text": "b", "label": "maybe"}', "label 'maybe'"),
-        ('{"image": "a", "label": "yes"}', "1 faults: entry 1: KeyError"),
+        ('{"image": "a", "label": "yes"}', "1 faults: entry 1 has no 'text'"),
         ('{"image": 5, "text": "b", "label": "yes"}', "entry 1"),
         ("[1, 2]", "2 faults"),
         ('{"question_id": 1, "image": "a", "text": "b", "label": "yes"}\n' * 2, "not unique"),
@@ -87,9 +126,9 @@ def test_faults_in_question_files_are_named(tmp_path, content, message) -> None:
         ("Yes.", "yes", "wrong", "yes", "yes"),
         ("yes", "yes", "yes", "yes", "yes"),
         ("No, there is not", "no", "wrong", "no", "no"),
-        ("There isn't one", "yes", "wrong", "no", "wrong"),
-        ("", "yes", "wrong", "dropped", "wrong"),
-        ("yes no", "no", "wrong", "no", "wrong"),
+        ("There isn't one", "yes", "wrong", "no", "unknown"),
+        ("", "yes", "wrong", "dropped", "unknown"),
+        ("yes no", "no", "wrong", "no", "unknown"),
     ],
 )
 def test_parsers(text, official, lmms, pai, vlm) -> None:
@@ -101,7 +140,8 @@ def test_parsers(text, official, lmms, pai, vlm) -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_auroc_is_the_share_of_ordered_pairs(rows) -> None:
     positive, scores = zip(*rows, strict=True)
-    pairs = [(p > n) + 0.5 * (p == n) for p, a in zip(scores, positive) if a for n, b in zip(scores, positive) if not b]
+    yes, no = [s for a, s in rows if a], [s for a, s in rows if not a]
+    pairs = [(p > n) + 0.5 * (p == n) for p in yes for n in no]
     expected = sum(pairs) / len(pairs) if pairs else 0.5
     assert pope.auroc(positive, scores) == pytest.approx(expected)
 
@@ -111,6 +151,25 @@ def test_zero_denominators_are_zero_with_a_warning() -> None:
     assert (result["precision"], result["recall"], result["f1"]) == (0.0, 0.0, 0.0)
     assert len(result["warnings"]) == 3
     assert pope.metrics([], [])["accuracy"] == 0.0
+
+
+def test_answers_that_are_neither() -> None:
+    """VLMEvalKit counts them as not yes, so a missed yes lowers the recall; lmms-eval counts them nowhere."""
+    labels = ["yes", "yes", "no"]
+    unknown = pope.metrics(labels, ["yes", "unknown", "unknown"])
+    assert (unknown["recall"], unknown["precision"], unknown["accuracy"]) == (0.5, 1.0, pytest.approx(1 / 3))
+    wrong = pope.metrics(labels, ["yes", "wrong", "wrong"])
+    assert (wrong["recall"], wrong["accuracy"], wrong["n_unparsed"]) == (1.0, pytest.approx(1 / 3), 2)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["yes", "no"]), st.sampled_from(["yes", "no"])), min_size=1, max_size=40))
+def test_metrics_follow_from_the_counts(rows) -> None:
+    labels, predictions = zip(*rows, strict=True)
+    result = pope.metrics(labels, predictions)
+    assert result["TP"] + result["FP"] + result["TN"] + result["FN"] == len(rows)
+    assert result["yes_ratio"] == pytest.approx((result["TP"] + result["FP"]) / len(rows))
+    assert min(result["precision"], result["recall"]) <= result["f1"] + 1e-12
+    assert result["f1"] <= max(result["precision"], result["recall"]) + 1e-12
 
 
 def test_dropped_answers_shrink_n() -> None:

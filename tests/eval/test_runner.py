@@ -18,7 +18,7 @@ from answerer import Oracle
 
 from vislm.errors import AnnotationError, ImageError, RunFolderError, UnknownName, UsageError
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.runner import run
+from vislm.eval.runner import rescore, run
 from vislm.eval.store import open_store
 
 
@@ -136,6 +136,54 @@ def test_killed_runs_lose_and_repeat_nothing(scenes, pope, tmp_path) -> None:
     assert len(ids) == len(set(ids)) == results["n"]
 
 
+def test_results_state_what_was_run(scenes, pope, tmp_path) -> None:
+    results = run(pope, Oracle.of_folder(scenes), tmp_path)
+    assert set(results["versions"]) == {"vislm", "torch", "transformers", "pillow"}
+    assert sum(group["n"] for group in results["per_group"].values()) == len(pope.questions)
+    assert results["config"]["error_rate"] == 0.2
+
+
+def test_a_limit_can_be_raised_in_the_same_folder(scenes, pope, tmp_path) -> None:
+    oracle = Oracle.of_folder(scenes)
+    few = run(pope, oracle, tmp_path, limit=20)
+    assert (few["n"], few["n_missing"]) == (20, 0)
+    assert all(value["n"] for name, value in few["metrics"].items() if name in ("random", "popular", "adversarial"))
+    assert metrics(run(pope, oracle, tmp_path)) == metrics(run(pope, oracle, tmp_path / "whole"))
+
+
+def test_predictions_are_scored_again_without_the_model(scenes, pope, tmp_path) -> None:
+    results = run(pope, Oracle.of_folder(scenes), tmp_path)
+    rows = tmp_path / "predictions.jsonl"
+    again = rescore(pope, rows)
+    assert json.loads(json.dumps(again["metrics"])) == metrics(results)
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(reversed(lines[1:])))  # joined by id: the order is of no account, a lost row is noticed
+    with pytest.raises(AnnotationError, match="1 samples without a row"):
+        rescore(pope, rows)
+    assert rescore(pope, rows, allow_partial=True)["n_missing"] == 1
+    rows.write_text("".join([*lines, '{"id": "stranger", "text": ""}\n']))
+    with pytest.raises(AnnotationError, match=r"1 rows without a sample .*stranger"):
+        rescore(pope, rows, allow_partial=True)
+    with pytest.raises(RunFolderError, match="cannot read"):
+        rescore(pope, tmp_path / "missing.jsonl")
+
+
+def test_answers_without_logits_have_no_auroc(scenes, pope, tmp_path) -> None:
+    run(pope, Oracle.of_folder(scenes), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    result = pope.score({r["id"]: {"text": r["text"]} for r in rows})
+    assert "auroc" not in result["mean"]
+    assert result["mean"]["accuracy"] == run(pope, Oracle.of_folder(scenes), tmp_path)["metrics"]["mean"]["accuracy"]
+
+
+def test_any_answer_survives_the_store(tmp_path) -> None:
+    texts = ["line\nbreak", "\u2028", "\ud800", "\0", "", "é", '"}{']
+    with open_store(tmp_path, {"a": 1}) as store:
+        store.add([{"id": str(i), "text": t} for i, t in enumerate(texts)])
+    with open_store(tmp_path, {"a": 1}) as store:
+        assert [row["text"] for row in store.rows.values()] == texts
+
+
 def test_grey_control_hides_every_picture(scenes) -> None:
     from vislm.eval.benchmarks import picture
 
@@ -159,10 +207,32 @@ def test_coco_folders_use_the_official_questions(tmp_path) -> None:
     benchmark = load_benchmark("pope", tmp_path)
     assert benchmark.protocol["questions"].startswith("official algorithm")
     assert len(benchmark.questions) == 3 * 4 * 6
+    assert {q.split for q in benchmark.questions[:18]} == {"random", "popular", "adversarial"}  # image by image
     assert load_benchmark("chair", tmp_path).max_new_tokens == 512
 
 
-@pytest.mark.parametrize("options", [{"on_error": "ignore"}, {"batch_size": 0}])
+def test_official_question_files_are_used_as_they_are(scenes, tmp_path) -> None:
+    (tmp_path / "images").symlink_to(scenes / "images")
+    for split in ("random", "popular", "adversarial"):
+        rows = [
+            {
+                "question_id": i + 1,
+                "image": f"00000{i % 3 + 1}.png",
+                "text": f"Is there a {o} in the image?",
+                "label": a,
+            }
+            for i, (o, a) in enumerate([("star", "yes"), ("cup", "no"), ("dog", "yes"), (f"{split} thing", "no")])
+        ]
+        (tmp_path / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, rows)))
+    benchmark = load_benchmark("pope", tmp_path)
+    assert benchmark.protocol["questions"].endswith("coco_pope_adversarial.json")
+    results = run(benchmark, Oracle.of_folder(scenes), tmp_path / "out")
+    assert [results["metrics"][split]["n"] for split in ("random", "popular", "adversarial")] == [4, 4, 4]
+    assert results["n"] == 6  # the three questions that the splits share are asked once
+    assert len(load_benchmark("pope", tmp_path, limit=1).questions) == 6
+
+
+@pytest.mark.parametrize("options", [{"on_error": "ignore"}, {"batch_size": 0}, {"limit": 0}, {"limit": -1}])
 def test_impossible_options(scenes, pope, tmp_path, options) -> None:
     with pytest.raises((UnknownName, UsageError)):
         run(pope, Oracle({}), tmp_path, **options)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
 from vislm.data.scene_categories import CATEGORIES, THEMES, UNIVERSALS
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.scene_pope import context_oracle, oracle_table, probability, scene_questions
+from vislm.eval.scene_pope import STATISTICS, context_oracle, oracle_table, probability, scene_questions
 
 SHOWN = {f"{i}.png": CATEGORIES[i % 12 : i % 12 + 1 + i % 4] for i in range(40)}
 
@@ -16,12 +17,22 @@ SHOWN = {f"{i}.png": CATEGORIES[i % 12 : i % 12 + 1 + i % 4] for i in range(40)}
 def test_splits_share_their_positives_and_are_balanced() -> None:
     questions = scene_questions(SHOWN)
     for image, shown in SHOWN.items():
-        splits = [[q for q in questions if q.image == image and q.split == s] for s in ("random", "popular", "adversarial")]
+        splits = [
+            [q for q in questions if q.image == image and q.split == s] for s in ("random", "popular", "adversarial")
+        ]
         assert all(len(s) == 2 * min(3, len(shown)) for s in splits)
         positives = [[q.text for q in s if q.label == "yes"] for s in splits]
         assert positives[0] == positives[1] == positives[2]
     assert scene_questions(SHOWN) == questions
     assert scene_questions(SHOWN, seed=1) != questions
+
+
+def test_the_stored_statistics_are_those_of_the_generator() -> None:
+    from vislm.data.scenes import co_occurrence, generate_scenes
+
+    stored = json.loads(STATISTICS.read_text(encoding="utf-8"))
+    assert stored["categories"] == list(CATEGORIES)
+    assert stored["counts"] == co_occurrence(generate_scenes(stored["scenes"], stored["seed"])).tolist()
 
 
 def test_questions_do_not_depend_on_the_other_images() -> None:
@@ -41,7 +52,9 @@ def test_context_oracle_is_bayes_by_enumeration() -> None:
             total += weight
         return total
 
-    for category, others in itertools.product(("star", "fork", "dog"), (["moon"], ["cup", "person"], [], ["boat", "car"])):
+    for category, others in itertools.product(
+        ("star", "fork", "dog"), (["moon"], ["cup", "person"], [], ["boat", "car"])
+    ):
         rest = set(others) - {category}
         expected = joint(rest | {category}) / (joint(rest | {category}) + joint(rest))
         assert context_oracle(category, sorted(rest)) == pytest.approx(expected)

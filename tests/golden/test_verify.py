@@ -23,7 +23,13 @@ def test_fixtures_pass(method) -> None:
     assert any(v.status == "pass" for v in verdicts)
 
 
-CASES = ["flowcut/clip_tower_b2", "flowcut/llm_stage", "flowcut/qwen2vl_vit", "fastv/fastv_drop_k2", "vhr/decoder_case1"]
+CASES = [
+    "flowcut/clip_tower_b2",
+    "flowcut/llm_stage",
+    "flowcut/qwen2vl_vit",
+    "fastv/fastv_drop_k2",
+    "vhr/decoder_case1",
+]
 
 
 @pytest.mark.parametrize("case", CASES)

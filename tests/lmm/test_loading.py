@@ -53,7 +53,7 @@ def test_a_name_that_is_nothing_is_refused_without_network(name) -> None:
 
 
 def test_an_empty_folder_and_broken_json_are_refused(tmp_path, folder) -> None:
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_lmm(tmp_path)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):

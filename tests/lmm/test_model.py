@@ -10,7 +10,12 @@ from vislm import VHR, FastV, FlowCut, RandomPruning, load_lmm
 from vislm.data.scenes import generate_scenes
 from vislm.errors import ImageError, UsageError
 
-QUESTIONS = ["Is there a dog in the image?", "Describe the image.", "How many stars are there?", "What color is the car?"]
+QUESTIONS = [
+    "Is there a dog in the image?",
+    "Describe the image.",
+    "How many stars are there?",
+    "What color is the car?",
+]
 METHODS = {
     "none": (),
     "random": (RandomPruning(keep=16),),
@@ -40,7 +45,11 @@ def test_a_batch_of_eight_equals_eight_singles(lmm, scenes, method) -> None:
     for a, b in zip(together, alone, strict=True):
         assert a.text == b.text
         assert a.visual_tokens == b.visual_tokens == 64
-        assert a.visual_tokens_kept == b.visual_tokens_kept == (16 if method in ("random", "flowcut", "fastv", "flowcut+vhr") else 64)
+        assert (
+            a.visual_tokens_kept
+            == b.visual_tokens_kept
+            == (16 if method in ("random", "flowcut", "fastv", "flowcut+vhr") else 64)
+        )
         assert a.candidates["yes"] == pytest.approx(b.candidates["yes"], abs=1e-4)
 
 

@@ -93,7 +93,8 @@ def test_impossible_options(options) -> None:
 
 
 def test_a_language_stage_behind_the_last_layer_is_refused() -> None:
-    with pytest.raises(PlanConflict, match="layer=4"), attach(
-        models.llava(), FlowCut(keep=4, where="language", layer=4)
+    with (
+        pytest.raises(PlanConflict, match="layer=4"),
+        attach(models.llava(), FlowCut(keep=4, where="language", layer=4)),
     ):
         pass

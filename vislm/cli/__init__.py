@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-import click
 import typer
 
-from vislm.cli import ask, bench, data, evaluate, listing, train, verify, visualize
+from vislm.cli import ask, bench, data, demo, evaluate, listing, train, verify, visualize
 from vislm.errors import UsageError, VislmError
+
+# typer brings its own click from some release on; its errors' common base is reached through a public one
+CommandLineError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="vislm",
@@ -28,6 +30,7 @@ app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
 app.command("train-tiny")(train.train_tiny)
 app.add_typer(bench.app, name="bench")
+app.command("demo")(demo.demo)
 
 
 @app.callback()
@@ -44,10 +47,10 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.exit(130)
-    except click.ClickException as error:
-        error.show()
+    except CommandLineError as error:
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
         sys.exit(2)
     except VislmError as error:
         if os.environ.get("VISLM_DEBUG"):

@@ -28,5 +28,5 @@ def scenes(
     """Generate annotated scenes in COCO's format, for calibration, validation and tests of the embedded model."""
     from vislm.data.scenes import write_scenes
 
-    write_scenes(out, n, seed, difficulty=difficulty, distribution=distribution)
+    write_scenes(out, n, seed, difficulty=difficulty, distribution=distribution)  # pyright: ignore[reportArgumentType]
     typer.echo(f"{n} scenes written to {out}")

@@ -102,9 +102,7 @@ def sample_scene(
     return Scene(index, draw_scene(background, instances, difficulty.noise, rng), theme, background, instances)
 
 
-def draw_scene(
-    background: Colour, instances: Iterable[Instance], noise: int, rng: np.random.Generator
-) -> Image.Image:
+def draw_scene(background: Colour, instances: Iterable[Instance], noise: int, rng: np.random.Generator) -> Image.Image:
     """Return the 64 x 64 RGB picture of the instances, drawn in the order given at twice the size and box-filtered."""
     scale = _SUPERSAMPLING
     canvas = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), background)

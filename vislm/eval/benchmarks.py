@@ -37,10 +37,25 @@ class Sample:
 class Benchmark(Protocol):
     """What the runner needs."""
 
-    name: str
-    max_new_tokens: int
-    candidates: tuple[str, ...]
-    control: Control
+    @property
+    def name(self) -> str:
+        """Short name."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Upper limit of an answer."""
+        ...
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Words whose logits the scorer wants."""
+        ...
+
+    @property
+    def control(self) -> Control:
+        """What the model gets to see."""
+        ...
 
     @property
     def samples(self) -> Sequence[Sample]:
@@ -54,6 +69,10 @@ class Benchmark(Protocol):
 
     def score(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return metrics from the finished rows (id -> row); needs no model."""
+        ...
+
+    def groups(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the figures of each object."""
         ...
 
 
@@ -89,16 +108,33 @@ class Pope:
     def score(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the metrics of each split and, as "mean", of all of them unweighted."""
         result: dict[str, Any] = {}
-        for split in dict.fromkeys(q.split for q in self.questions):
-            asked = [(q, rows[_key(q)]) for q in self.questions if q.split == split and _key(q) in rows]
-            margins = [r["candidates"]["yes"] - r["candidates"]["no"] for _, r in asked]
-            predictions = [pope.parse(r["text"], self.rule) for _, r in asked]
-            result[split] = pope.metrics([q.label for q, _ in asked], predictions, margins)
-        shared = ("accuracy", "f1", "yes_ratio", "auroc")
+        answered = [(q, rows[_key(q)]) for q in self.questions if _key(q) in rows]
+        for split in dict.fromkeys(q.split for q, _ in answered):
+            result[split] = self._metrics([(q, r) for q, r in answered if q.split == split])
+        shared = [k for k in ("accuracy", "f1", "yes_ratio", "auroc") if all(k in r for r in result.values())]
         result["mean"] = {k: sum(r[k] for r in result.values()) / max(1, len(result)) for k in shared}
         if self.objects and all(q.id.count("/") == 2 for q in self.questions):
             result["oracles"] = oracle_table(self.questions, self.objects, self.themes)
         return result
+
+    def groups(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the metrics of the questions about each object, all splits together."""
+        found: dict[str, list[tuple[pope.Question, Mapping[str, Any]]]] = {}
+        for question in self.questions:
+            name = pope.object_of(question.text)
+            if name and _key(question) in rows:
+                found.setdefault(name, []).append((question, rows[_key(question)]))
+        keys = ("n", "accuracy", "recall", "yes_ratio")
+        return {name: {k: self._metrics(found[name])[k] for k in keys} for name in sorted(found)}
+
+    def _metrics(self, answered: Sequence[tuple[pope.Question, Mapping[str, Any]]]) -> dict[str, Any]:
+        logits = [r.get("candidates") or {} for _, r in answered]
+        margins = [c["yes"] - c["no"] for c in logits if "yes" in c and "no" in c]
+        return pope.metrics(
+            [q.label for q, _ in answered],
+            [pope.parse(r["text"], self.rule) for _, r in answered],
+            margins if len(margins) == len(answered) else None,
+        )
 
 
 def _key(question: pope.Question) -> str:
@@ -136,15 +172,28 @@ class Chair:
 
     def score(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return CHAIR_s, CHAIR_i, Recall and Length over all captions."""
-        return chair.overall(
-            [chair.score_caption(r["text"], self.truth[i], self.vocabulary) for i, r in rows.items() if i in self.truth]
-        )
+        return chair.overall(list(self.per_caption(rows).values()))
+
+    def groups(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return for each object its mentions, how many were wrong, and the share of its images that name it."""
+        return chair.by_object(list(self.per_caption(rows).values()))
+
+    def per_caption(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, chair.CaptionScore]:
+        """Return sample id -> its caption's objects, the wrong ones among them, and its own figures."""
+        return {
+            i: chair.score_caption(r["text"], self.truth[i], self.vocabulary)
+            for i, r in rows.items()
+            if i in self.truth
+        }
 
 
 def load_benchmark(
     name: str, path: str | Path, *, control: Control = "none", limit: int | None = None, seed: int = 0
 ) -> Benchmark:
     """Build a benchmark from a folder in COCO's format (instances.json, images/, perhaps captions.json).
+
+    For POPE the folder may instead hold the official question files (named ...random.json, ...popular.json,
+    ...adversarial.json) and images/.
 
     Args:
         name: "pope" or "chair".
@@ -159,12 +208,24 @@ def load_benchmark(
     """
     if name not in BENCHMARKS:
         raise UnknownName("benchmark", name, BENCHMARKS)
+    files = [file for split in pope.SPLITS for file in sorted(Path(path).glob(f"*{split}.json*"))]
+    if name == "pope" and files and not (Path(path) / "instances.json").is_file():
+        return _official_pope(Path(path), files, control, limit)
     folder = read_coco_folder(Path(path))
     images = list(folder.images)[:limit]
     if not images:
         raise AnnotationError(f"{path} holds no images")
     build: Callable[..., Benchmark] = _pope if name == "pope" else _chair
     return build(folder, images, control, seed)
+
+
+def _official_pope(root: Path, files: Sequence[Path], control: Control, limit: int | None) -> Pope:
+    questions = [question for file in files for question in pope.read_questions(file)]
+    images = list(dict.fromkeys(q.image for q in questions))[:limit]
+    place = {name: number for number, name in enumerate(images)}
+    questions = sorted((q for q in questions if q.image in place), key=lambda q: place[q.image])
+    how = f"official files {', '.join(file.name for file in files)}"
+    return Pope(questions, {name: root / "images" / name for name in images}, how=how, control=control)
 
 
 def _pope(folder: CocoFolder, images: list[int], control: Control, seed: int) -> Pope:
@@ -181,6 +242,8 @@ def _pope(folder: CocoFolder, images: list[int], control: Control, seed: int) ->
     if not enough:
         raise AnnotationError(f"{folder.root}: no image shows three different objects, which POPE needs")
     questions = [q for split in pope.SPLITS for q in pope.build(enough, split, random.Random(seed))]
+    place = {name: number for number, name in enumerate(enough)}
+    questions.sort(key=lambda q: place[q.image])  # so that the first N samples hold all splits
     return Pope(questions, paths, how=f"official algorithm, seed {seed}", control=control)
 
 

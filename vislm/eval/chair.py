@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +109,23 @@ def overall(scores: Sequence[CaptionScore]) -> dict[str, Any]:
     return {**result, "warnings": missing} if missing else result
 
 
+def by_object(scores: Sequence[CaptionScore]) -> dict[str, dict[str, Any]]:
+    """Return object -> mentions, hallucinated mentions, images that show it, and the share of those that name it."""
+    mentioned = Counter(name for s in scores for name in s.mentions.nodes)
+    wrong = Counter(name for s in scores for _, name in s.hallucinated)
+    shown = Counter(name for s in scores for name in s.truth)
+    named = Counter(name for s in scores for name in s.correct)
+    return {
+        name: {
+            "mentions": mentioned[name],
+            "hallucinated": wrong[name],
+            "images": shown[name],
+            "recall": named[name] / shown[name] if shown[name] else 0.0,
+        }
+        for name in sorted({*mentioned, *shown})
+    }
+
+
 def ground_truth(
     objects: Mapping[int, Sequence[str]], captions: Mapping[int, Sequence[str]], vocabulary: Vocabulary
 ) -> dict[int, set[str]]:
@@ -123,5 +142,5 @@ def read_object_table(path: Path, vocabulary: Vocabulary) -> dict[int, set[str]]
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return {int(i): {vocabulary.objects[n] for n in numbers} for i, numbers in json.loads(raw).items()}
-    except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, TypeError, AttributeError) as error:
         raise AnnotationError(f"{path} is not an object table: {error}") from error

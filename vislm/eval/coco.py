@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from vislm.errors import AnnotationError
@@ -49,10 +48,10 @@ def read_coco_folder(root: Path) -> CocoFolder:
     categories = check.table(data, "categories", lambda c: None if isinstance(c.get("name"), str) else "has no name")
     annotations = check.table(data, "annotations", _annotation_fault)
     for a in annotations.values():
-        check.expect(a.get("image_id") in images, f"annotation {a['id']} is about unknown image {a.get('image_id')!r}")
-        check.expect(
-            a.get("category_id") in categories, f"annotation {a['id']} has unknown category {a.get('category_id')!r}"
-        )
+        image, category = a.get("image_id"), a.get("category_id")
+        check.expect(type(image) is int and image in images, f"annotation {a['id']} is about unknown image {image!r}")
+        known = type(category) is int and category in categories
+        check.expect(known, f"annotation {a['id']} has unknown category {category!r}")
     check.finish()
     names = {i: c["name"] for i, c in categories.items()}
     objects: dict[int, list[str]] = {i: [] for i in images}
@@ -60,8 +59,10 @@ def read_coco_folder(root: Path) -> CocoFolder:
         shown = objects[a["image_id"]]
         if names[a["category_id"]] not in shown:
             shown.append(names[a["category_id"]])
-    info = data.get("info") if isinstance(data.get("info"), dict) else {}
-    folder = CocoFolder(root, {i: r["file_name"] for i, r in images.items()}, names, objects, info=info)
+    info = data.get("info")
+    files = {i: r["file_name"] for i, r in images.items()}
+    folder = CocoFolder(root, files, names, objects)
+    folder.info = info if isinstance(info, dict) else {}
     folder.themes = {i: r.get("theme") for i, r in images.items()}
     if (root / "captions.json").is_file():
         folder.captions = read_captions(root / "captions.json", set(images))
@@ -72,11 +73,11 @@ def read_captions(path: Path, images: set[int] | None = None) -> dict[int, list[
     """Return image id -> captions from a COCO captions file; ids outside ``images`` are ignored."""
     data = _load(path)
     check = _Checker(path)
-    rows = check.table(data, "annotations", lambda a: None if isinstance(a.get("caption"), str) else "has no caption")
+    rows = check.table(data, "annotations", _caption_fault)
     check.finish()
     captions: dict[int, list[str]] = {}
     for row in rows.values():
-        if images is None or row.get("image_id") in images:
+        if images is None or row["image_id"] in images:
             captions.setdefault(row["image_id"], []).append(row["caption"])
     return captions
 
@@ -86,29 +87,45 @@ def _load(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AnnotationError(f"{path} does not exist; a COCO-format folder holds instances.json and images/") from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AnnotationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise AnnotationError(f"{path} holds a {type(data).__name__}; a COCO file is an object with images, annotations")
+        raise AnnotationError(
+            f"{path} holds a {type(data).__name__}; a COCO file is an object with images, annotations"
+        )
     return data
+
+
+def is_safe_name(name: str) -> bool:
+    """Return whether a file name of an annotation file names something below the folder that it is joined to."""
+    path = PureWindowsPath(name)  # splits at both kinds of slash and knows drives
+    return bool(path.parts) and not path.anchor and ".." not in path.parts and "\0" not in name
 
 
 def _image_fault(image: dict[str, Any]) -> str | None:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         return "has no file_name"
-    path = PurePosixPath(name.replace("\\", "/"))
-    return f"has a file_name that leaves the image folder: {name!r}" if path.is_absolute() or ".." in path.parts else None
+    return None if is_safe_name(name) else f"has a file_name that leaves the image folder: {name!r}"
+
+
+def _caption_fault(caption: dict[str, Any]) -> str | None:
+    if not isinstance(caption.get("caption"), str):
+        return "has no caption"
+    return None if type(caption.get("image_id")) is int else f"has image_id {caption.get('image_id')!r}"
 
 
 def _annotation_fault(annotation: dict[str, Any]) -> str | None:
     box = annotation.get("bbox")
     if box is None:
         return "has no bbox"
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-    if not numbers or not all(math.isfinite(v) for v in box):
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)
+    if not numbers or not all(abs(v) < _HUGE for v in box):
         return f"has bbox {box!r}; expected four finite numbers x, y, width, height"
     return f"has an empty bbox {box!r}" if box[2] <= 0 or box[3] <= 0 else None
+
+
+_HUGE = 1e9  # also false for infinity and NaN; an integer may be too long for a float
 
 
 class _Checker:

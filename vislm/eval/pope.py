@@ -1,19 +1,37 @@
 """POPE: yes/no questions about objects that are there and objects that are not.
 
 Source: Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023, arXiv 2305.10355;
-github.com/RUCAIBox/POPE. Scoring and building need no torch.
+github.com/RUCAIBox/POPE. This file reads and builds questions; ``pope_answers`` scores the answers.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vislm.errors import AnnotationError, UnknownName, UsageError
+from vislm.eval.coco import is_safe_name
+from vislm.eval.pope_answers import PARSERS, auroc, metrics, parse
+
+__all__ = [
+    "PARSERS",
+    "SPLITS",
+    "TEMPLATE",
+    "Question",
+    "auroc",
+    "build",
+    "draw_images",
+    "metrics",
+    "object_of",
+    "parse",
+    "read_questions",
+    "statistics",
+]
 
 SPLITS = ("random", "popular", "adversarial")
 TEMPLATE = "Is there a {} in the image?"
@@ -31,43 +49,82 @@ class Question:
     label: Label
 
 
-# -- reading and building ------------------------------------------------------------------------------------------------
-def read_questions(path: Path, split: str) -> list[Question]:
+def read_questions(path: Path, split: str | None = None) -> list[Question]:
     """Read a POPE question file: JSON lines (whatever its suffix), a JSON list, or one line of lists per image.
 
+    Args:
+        path: the current files, the older random file of 2,910 lines, RePOPE, LLaVA's file of all splits, ...
+        split: name of the split; None: each entry's "category" key, else the split that the file's name ends in.
+
     Raises:
-        AnnotationError: broken JSON, missing keys, labels other than yes and no; the first faults are listed by line.
+        AnnotationError: broken JSON, missing keys, labels other than yes and no, image names that leave the image
+            folder, or a repeated question_id; the first faults are listed by line.
     """
-    text = path.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(s) for s in text.splitlines() if s.strip()]
-    except ValueError as error:
-        raise AnnotationError(f"{path} is not JSON lines: {error}") from error
-    questions: list[Question] = []
     faults: list[str] = []
-    for number, row in enumerate(rows, start=1):
+    questions: dict[str, Question] = {}
+    for place, row in _entries(path, faults):
         try:
-            pairs = _expanded(row)
-            image = row["image"]
-            if not isinstance(image, str):
-                raise TypeError("image")
-            for text, label in pairs:
-                if label not in ("yes", "no") or not isinstance(text, str):
-                    raise ValueError(f"label {label!r}")
-                key = row.get("question_id", number) if len(pairs) == 1 else f"{number}.{len(questions)}"
-                questions.append(Question(f"{split}/{key}", split, image, text, label))
-        except (KeyError, TypeError, ValueError) as error:
-            faults.append(f"entry {number}: {error!r}")
+            for question in _parsed(row, split or _split_of(row, path), place):
+                if question.id in questions:
+                    raise ValueError(f"question_id {question.id.split('/')[1]} is not unique")
+                questions[question.id] = question
+        except KeyError as error:
+            faults.append(f"entry {place} has no {error}")
+        except (TypeError, ValueError) as error:
+            faults.append(f"entry {place}: {error}")
     if faults:
         raise AnnotationError(f"{path}: {len(faults)} faults: {'; '.join(faults[:5])}")
-    if len({q.id for q in questions}) != len(questions):
-        raise AnnotationError(f"{path}: question_id is not unique")
-    return questions
+    return list(questions.values())
 
 
-def _expanded(row: Any) -> list[tuple[Any, Any]]:
-    text, label = row["text"], row["label"]
-    return list(zip(text, label, strict=True)) if isinstance(text, list) else [(text, label)]
+def _entries(path: Path, faults: list[str]) -> Iterator[tuple[int, Any]]:
+    """Yield the entries of the file with their line, or place in the list; broken lines go to ``faults``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            yield from enumerate(json.loads(text), start=1)
+            return
+    except (OSError, ValueError, RecursionError) as error:
+        raise AnnotationError(f"cannot read the POPE questions {path}: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                faults.append(f"line {number} is not JSON ({error})")
+
+
+def _parsed(row: Any, split: str, place: int) -> Iterator[Question]:
+    if not isinstance(row, dict):
+        raise TypeError(f"expected an object, got {type(row).__name__}")
+    image, texts, labels = row["image"], row["text"], row["label"]
+    if not isinstance(image, str) or not is_safe_name(image):
+        raise ValueError(f"image {image!r} is not a file name below the image folder")
+    together = isinstance(texts, list)  # the "chat" variant: all questions of an image in one entry
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True) if together else [(texts, labels)], start=1):
+        if not isinstance(text, str) or label not in ("yes", "no"):
+            raise ValueError(f"label {label!r} of text {text!r}; expected a text labelled yes or no")
+        key = f"{place}.{number}" if together else row.get("question_id", place)
+        yield Question(f"{split}/{key}", split, image, text, label)
+
+
+def _split_of(row: Any, path: Path) -> str:
+    category = row.get("category") if isinstance(row, dict) else None
+    return category if category in SPLITS else next((s for s in SPLITS if path.stem.endswith(s)), path.stem)
+
+
+def draw_images(
+    objects: Mapping[str, Sequence[str]], number: int, rng: random.Random, *, per_image: int = 3
+) -> dict[str, list[str]]:
+    """Draw the images to ask about, as the official builder does: among those with enough objects, in random order.
+
+    Raises:
+        UsageError: fewer than ``number`` images show ``per_image`` objects.
+    """
+    enough = {image: list(shown) for image, shown in objects.items() if len(shown) >= per_image}
+    if len(enough) < number:
+        raise UsageError(f"{len(enough)} images show {per_image} or more objects; {number} were asked for")
+    return {image: enough[image] for image in rng.sample(list(enough), number)}
 
 
 def build(
@@ -138,96 +195,15 @@ def statistics(objects: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], di
     return counts, together
 
 
+def object_of(text: str) -> str | None:
+    """Return the object that a question in the official words asks about; None for other questions."""
+    found = re.search(r"is there an? (.+?) in the iman?ge ?\?", text, re.IGNORECASE)
+    return found[1] if found else None
+
+
 def _question(name: str, template: str, legacy_article: bool) -> str:
     if name[:1] not in "aeiou" or not name:
         return template.format(name)
     if legacy_article:
         return template.replace("a", "an").format(name)
     return template.replace(" a {}", " an {}").format(name)
-
-
-# -- parsing -------------------------------------------------------------------------------------------------------------
-PARSERS = ("official", "lmms-eval", "pai", "vlmevalkit")
-
-
-def parse(text: str, rule: str = "official") -> str:
-    """Return "yes", "no", "wrong" (counts as a wrong answer) or "dropped" (does not count), by a named rule.
-
-    "official" is case-sensitive and answers yes unless it finds No, not or no among the words of the first sentence.
-    """
-    if rule == "official":
-        words = text.split(".")[0].replace(",", "").split(" ")
-        return "no" if any(w in words for w in ("No", "not", "no")) else "yes"
-    if rule == "lmms-eval":
-        answer = text.lower().strip()
-        return answer if answer in ("yes", "no") else "wrong"
-    words = text.replace(".", " ").replace(",", " ").split()
-    if rule == "pai":
-        if any(w in ("No", "not", "no", "NO") or w.endswith("n't") for w in words):
-            return "no"
-        return "yes" if any(w in ("Yes", "yes", "YES") for w in words) else "dropped"
-    if rule == "vlmevalkit":
-        lower = {"".join(c for c in w.lower() if c.isalnum()) for w in text.split()}
-        if ("yes" in lower) != ("no" in lower):
-            return "yes" if "yes" in lower else "no"
-        return "wrong"
-    raise UnknownName("POPE parser", rule, PARSERS)
-
-
-# -- scoring -------------------------------------------------------------------------------------------------------------
-def metrics(labels: Sequence[str], predictions: Sequence[str], margins: Sequence[float] | None = None) -> dict[str, Any]:
-    """Return accuracy, its standard error, precision, recall, f1, yes_ratio, counts, and AUROC of the margins if given.
-
-    The positive class is "yes"; a ratio without denominator is 0.0 and named under "warnings".
-    """
-    rows = [(a, p) for a, p in zip(labels, predictions, strict=True) if p != "dropped"]
-    tp = sum(a == "yes" and p == "yes" for a, p in rows)
-    fp = sum(a == "no" and p == "yes" for a, p in rows)
-    tn = sum(a == "no" and p == "no" for a, p in rows)
-    fn = sum(a == "yes" and p == "no" for a, p in rows)
-    warnings: list[str] = []
-
-    def ratio(name: str, top: float, bottom: float) -> float:
-        if bottom == 0:
-            warnings.append(f"{name} has no denominator")
-            return 0.0
-        return top / bottom
-
-    accuracy = ratio("accuracy", tp + tn, len(rows))
-    precision, recall = ratio("precision", tp, tp + fp), ratio("recall", tp, tp + fn)
-    result: dict[str, Any] = {
-        "accuracy": accuracy,
-        "accuracy_se": (accuracy * (1 - accuracy) / max(1, len(rows))) ** 0.5,
-        "precision": precision,
-        "recall": recall,
-        "f1": ratio("f1", 2 * precision * recall, precision + recall),
-        "yes_ratio": ratio("yes_ratio", sum(p == "yes" for _, p in rows), len(rows)),
-        "n": len(rows),
-        "TP": tp,
-        "FP": fp,
-        "TN": tn,
-        "FN": fn,
-        "n_unparsed": len(labels) - tp - fp - tn - fn,
-    }
-    if margins is not None:
-        result["auroc"] = auroc([a == "yes" for a in labels], margins)
-    if warnings:
-        result["warnings"] = warnings
-    return result
-
-
-def auroc(positive: Sequence[bool], scores: Sequence[float]) -> float:
-    """Return the probability that a positive scores above a negative, ties counting half; 0.5 without both kinds."""
-    ranked = sorted(zip(scores, positive, strict=True))
-    n_positive = sum(positive)
-    n_negative = len(ranked) - n_positive
-    if not n_positive or not n_negative:
-        return 0.5
-    total, start = 0.0, 0
-    while start < len(ranked):
-        end = start
-        while end < len(ranked) and ranked[end][0] == ranked[start][0]:
-            end += 1
-        total += (start + end + 1) / 2 * sum(p for _, p in ranked[start:end])  # mean rank of a tie
-        start = end
-    return (total - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)

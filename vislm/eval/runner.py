@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from vislm.errors import ImageError, UnknownName, UsageError
+from vislm.errors import AnnotationError, ImageError, UnknownName, UsageError
 from vislm.eval.benchmarks import Benchmark, Sample, picture
-from vislm.eval.store import open_store
+from vislm.eval.store import open_store, read_rows
 
 
 class AnswersQuestions(Protocol):
@@ -57,21 +59,22 @@ def run(
         ImageError: a broken picture, with "stop".
         RunFolderError: the folder belongs to another run or another process.
     """
-    from vislm import __version__
-
     if on_error not in ("stop", "skip"):
         raise UnknownName("on_error", on_error, ("stop", "skip"))
     if batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: expected a whole number >= 1")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit}: expected a whole number >= 1, or None for all samples")
+    versions = {name: version(name) for name in ("vislm", "torch", "transformers", "pillow")}
     fingerprint = {
         **lmm.fingerprint(),
         "benchmark": benchmark.name,
         **{f"protocol.{k}": v for k, v in benchmark.protocol.items()},
         "max_new_tokens": benchmark.max_new_tokens,
-        "vislm": __version__,
+        "vislm": versions["vislm"],
     }
     samples = list(benchmark.samples)[:limit]
-    started = time.perf_counter()
+    began, started = datetime.now(timezone.utc), time.perf_counter()
     broken: list[dict[str, str]] = []
     with open_store(Path(out), fingerprint) as store:
         todo = [s for s in samples if s.id not in store.rows]
@@ -86,10 +89,13 @@ def run(
         results = {
             "benchmark": benchmark.name,
             "metrics": benchmark.score(rows),
+            "per_group": benchmark.groups(rows),
             "n": len(rows),
             "n_missing": len(wanted) - len(rows),
             "broken_images": broken,
             "config": fingerprint,
+            "versions": versions,
+            "started": began.isoformat(timespec="seconds"),
             "visual_tokens": _mean(rows, "visual_tokens"),
             "visual_tokens_kept": _mean(rows, "visual_tokens_kept"),
             "model_seconds": sum(r["seconds"] for r in rows.values()),
@@ -97,6 +103,38 @@ def run(
         }
         store.finish(results)
     return results
+
+
+def rescore(benchmark: Benchmark, predictions: str | Path, *, allow_partial: bool = False) -> dict[str, Any]:
+    """Score a predictions file again, without the model; rows and samples are joined by id.
+
+    Args:
+        benchmark: from ``load_benchmark``, with the same options as the run.
+        predictions: predictions.jsonl of a run folder, or any JSON lines with "id", "text" and perhaps "candidates".
+        allow_partial: score what is there instead of refusing a file that lacks samples.
+
+    Raises:
+        AnnotationError: samples without a row (unless allowed) or rows without a sample, with the first ids.
+        RunFolderError: the file is damaged.
+    """
+    stored = read_rows(Path(predictions))
+    wanted = [s.id for s in benchmark.samples]
+    missing = [i for i in wanted if i not in stored]
+    extra = sorted(stored.keys() - set(wanted))
+    if extra or (missing and not allow_partial):
+        raise AnnotationError(
+            f"{predictions} does not fit {benchmark.name}: {len(missing)} samples without a row {missing[:5]}, "
+            f"{len(extra)} rows without a sample {extra[:5]}"
+        )
+    rows = {i: stored[i] for i in wanted if i in stored}
+    return {
+        "benchmark": benchmark.name,
+        "metrics": benchmark.score(rows),
+        "per_group": benchmark.groups(rows),
+        "n": len(rows),
+        "n_missing": len(missing),
+        "config": {f"protocol.{k}": v for k, v in benchmark.protocol.items()},
+    }
 
 
 def _open(
@@ -113,9 +151,7 @@ def _open(
     return opened
 
 
-def _rows(
-    benchmark: Benchmark, lmm: AnswersQuestions, batch: list[tuple[Sample, Image.Image]]
-) -> list[dict[str, Any]]:
+def _rows(benchmark: Benchmark, lmm: AnswersQuestions, batch: list[tuple[Sample, Image.Image]]) -> list[dict[str, Any]]:
     answers = lmm.ask_many(
         [image for _, image in batch],
         [sample.prompt for sample, _ in batch],
@@ -144,10 +180,10 @@ def _mean(rows: dict[str, dict[str, Any]], key: str) -> float:
 @contextlib.contextmanager
 def _bar(total: int, done: int, name: str, wanted: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, silence elsewhere."""
-    import sys
-
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(disable=not (wanted and sys.stderr.isatty()), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (wanted and console.is_terminal), transient=True) as bar:
         task = bar.add_task(name, total=total, completed=done)
         yield lambda n: bar.update(task, advance=n)

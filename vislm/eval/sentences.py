@@ -10,23 +10,25 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
-ABBREVIATIONS: Final = frozenset(
+_ABBREVIATIONS = (
     "a.a a.c a.d a.g a.h a.m a.m.e a.s a.t adm ala ariz aug ave b.f b.v bros c c.i.t c.o.m.b c.v calif chg cie co "
     "col colo conn corp cos ct d d.c d.h d.w dec dr e e.f e.h e.l e.m f f.g f.j feb fla fri ft g g.d g.f g.k ga gen "
     "h h.c h.f h.m i.m.s ill inc j.b j.c j.j j.k j.p j.r jan jr k kan ky l l.a l.f l.p lt ltd m m.b.a m.d.c m.j maj "
     "messrs mg mich minn mr mrs ms n n.c n.d n.h n.j n.m n.v n.y nev nov oct ok okla ore p p.a.m p.m pa ph.d prof r "
     "r.a r.h r.i r.j r.k r.t rep reps s s.a s.a.y s.c s.g s.p.a s.s sen sep sept sr st sw t t.j tenn tues u.k u.n "
-    "u.s u.s.a u.s.s.r v va vs vt w w.c w.r w.va w.w wash wed wis yr".split()
+    "u.s u.s.a u.s.s.r v va vs vt w w.c w.r w.va w.w wash wed wis yr"
 )
+ABBREVIATIONS: Final = frozenset(_ABBREVIATIONS.split())
 """Words after which a full stop ends no sentence (the stop left off)."""
 
 # After a number or a single letter, only these lower-case words begin a sentence: the model saw them there and never
 # capitalised.
 _STARTERS: Final = frozenset({"administrators", "b-week", "r-revised", "z-holiday"})
 
-_CLOSERS: Final = r"""[)";}\]*:@'({\[?!«»‘’“”]"""
+_CLOSERS: Final = r"""[)";}\]*:@'({\[?!\xab\xbb\u2018\u2019\u201c\u201d]"""
 # A stop that may end a sentence: glued to one of the characters above, or with another word after it.
 _STOP: Final = re.compile(rf"[.?!](?=(?P<after>{_CLOSERS}|\s+(?P<word>\S+)))")
 _RUN: Final = r"(?:-{2,}|\.{2,}|(?:\.\s){2,}\.)"
@@ -34,8 +36,8 @@ _PIECE: Final = re.compile(
     rf"{_RUN}|(?=[^(\"`{{\[:;&#*@)}}\]\-,])\S+?(?=\s|$|{_CLOSERS}|{_RUN}|,(?=$|\s|{_CLOSERS}|{_RUN}))|\S"
 )
 _INITIAL_OR_NUMBER: Final = re.compile(r"[^\W\d]\.|-?[.,]?\d[\d,.-]*\.?")
-# Quotes and brackets that a boundary must not tear from the sentence before it.
-_TRAILING: Final = re.compile(r"""["')\]}«»‘’“”]+?(?:\s+|(?=--)|$)""", re.MULTILINE)
+# Quotes (guillemets and curly ones included) and brackets that a boundary must not tear from the sentence before it.
+_TRAILING: Final = re.compile(r"""["')\]}\xab\xbb\u2018\u2019\u201c\u201d]+?(?:\s+|(?=--)|$)""", re.MULTILINE)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -76,7 +78,7 @@ def _possible_ends(text: str) -> Iterator[tuple[re.Match[str], str]]:
 
 def _ends_sentence(context: str) -> bool:
     pieces = _PIECE.findall(context)
-    return any(_is_end(piece, following) for piece, following in zip(pieces, pieces[1:], strict=False))
+    return any(_is_end(piece, following) for piece, following in pairwise(pieces))
 
 
 def _is_end(piece: str, following: str) -> bool:

@@ -9,29 +9,30 @@ from __future__ import annotations
 
 from typing import Final
 
-PREPOSITIONS: Final = frozenset(
+_PREPOSITIONS = (
     "about above across after among around at athwart before behind below beneath beside besides between betwixt "
     "beyond but by during except for from in into near of off on onto out over since till to under until unto upon "
-    "with".split()
+    "with"
 )
+PREPOSITIONS: Final = frozenset(_PREPOSITIONS.split())
 """Of a hyphenated word whose second part is one of these, the first part is inflected: men-of-war -> man-of-war."""
 
-_UNINFLECTED: Final = (
+_UNINFLECTED = (
     "breeches britches chassis christmas clippers contretemps corps debris diabetes gallows georgia graffiti "
     "happiness headquarters herpes high-jinks innings jackanapes mathematics measles mews mumps news pincers pliers "
     "proceedings progress rabies scissors series shears species swiss"
-).split()
+)
 # The reference tests the wrong direction ("does a listed word end with this one?"), so every *ending* of a listed
 # word stays as it is: "is" because of "debris", "as" because of "christmas".
-_UNCHANGED: Final = frozenset(word[start:] for word in _UNINFLECTED for start in range(len(word) + 1))
+_UNCHANGED: Final = frozenset(word[start:] for word in _UNINFLECTED.split() for start in range(len(word) + 1))
 
 # "-ie" nouns whose plural the reference returns unchanged.
-_IE_PLURALS: Final = (
+_IE_PLURALS = (
     "aunties beanies birdies bogies bombies collies cookies cuties doggies eyries freebies goonies groupies hankies "
     "hippies hoagies hotties indies junkies laddies laramies lingeries meanies newbies nighties oldies pixies "
     "quickies reveries rookies softies sorties stoolies sweeties techies toughies valkyries veggies weenies yuppies "
     "zombies"
-).split()
+)
 
 _IRREGULAR: Final = {
     "atlantes": "atlas",
@@ -111,7 +112,7 @@ _ENDINGS: Final = {
     "lice": "louse",
     "mice": "mouse",
     **_IRREGULAR,
-    **{plural: plural for plural in _IE_PLURALS},
+    **{plural: plural for plural in _IE_PLURALS.split()},
 }
 _LONGEST_ENDING: Final = max(map(len, _ENDINGS))
 

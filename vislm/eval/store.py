@@ -57,8 +57,9 @@ def open_store(folder: Path, fingerprint: dict[str, Any]) -> Iterator[Store]:
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _check_fingerprint(folder, json.loads(json.dumps(fingerprint)))
-        rows = _read_rows(folder / ROWS)
-        with (folder / ROWS).open("a", encoding="utf-8") as file:
+        rows = _repaired_rows(folder / ROWS)
+        # a lone surrogate in an answer becomes its JSON escape
+        with (folder / ROWS).open("a", encoding="utf-8", errors="backslashreplace") as file:
             yield Store(folder, file, rows)
             file.flush()
             os.fsync(file.fileno())
@@ -88,29 +89,44 @@ def _check_fingerprint(folder: Path, fingerprint: dict[str, Any]) -> None:
         old = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunFolderError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(old, dict):
+        raise RunFolderError(f"{path} holds no fingerprint; use another --out")
     differing = [k for k in sorted({*old, *fingerprint}) if old.get(k) != fingerprint.get(k)]
     if differing:
         shown = "; ".join(f"{k}: {old.get(k)!r} there, {fingerprint.get(k)!r} now" for k in differing)
         raise RunFolderError(f"{folder} belongs to another run ({shown}); use another --out")
 
 
-def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows by id; a torn last line is cut off."""
+def _repaired_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows by id; a torn last line is cut off the file."""
     if not path.is_file():
         return {}
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
+    end = data.rfind(b"\n") + 1
+    if end != len(data):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return read_rows(path)
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a predictions file by id, in the file's order.
+
+    Raises:
+        RunFolderError: the file cannot be read, a line is damaged, or an id occurs twice.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RunFolderError(f"cannot read {path}: {error}") from error
     rows: dict[str, dict[str, Any]] = {}
-    lines = whole.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             rows[row["id"]] = row
         except (ValueError, TypeError, KeyError) as error:
-            raise RunFolderError(f"{path}, line {number} is damaged ({error}); remove it or use another --out") from error
+            hint = "remove it or use another --out"
+            raise RunFolderError(f"{path}, line {number} is damaged ({error}); {hint}") from error
     if len(rows) != len(lines):
         raise RunFolderError(f"{path} holds an id twice; use another --out")
-    if len(whole) != len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     return rows

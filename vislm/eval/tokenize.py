@@ -18,20 +18,20 @@ def _compile(*edits: tuple[str, str]) -> tuple[tuple[re.Pattern[str], str], ...]
 
 # Edits in order; each sees the result of those before it. A space marks a token boundary.
 _BEFORE_PADDING: Final = _compile(
-    (r"([«“‘„]|`+)", r" \1 "),
+    (r"([\xab\u201c\u2018\u201e]|`+)", r" \1 "),
     (r'^"', "``"),
     ("``", " `` "),
     (r"""([ (\[{<])("|'')""", r"\1 `` "),
     # an apostrophe before a word is a quote, unless the two are a clitic
     (r"(?<!\w)'(?=\w)(?!(?:[mtsdn]|re|ve|ll)\b)", "' "),
-    (r"""([^.])\.([\]\)}>"'»”’ ]*)\s*$""", r"\1 . \2 "),
+    (r"""([^.])\.([\]\)}>"'\xbb\u201d\u2019 ]*)\s*$""", r"\1 . \2 "),
     (r"([:,])(\D|$)", r" \1 \2"),
-    (r"(\.{2,}|[;@#$%&?!*‒–—―])", r" \1 "),
+    (r"(\.{2,}|[;@#$%&?!*\u2012\u2013\u2014\u2015])", r" \1 "),
     ("([^'])' ", r"\1 ' "),
     (r"([\]\[(){}<>]|--)", r" \1 "),
 )
 _AFTER_PADDING: Final = _compile(
-    (r"([»”’])", r" \1 "),
+    (r"([\xbb\u201d\u2019])", r" \1 "),
     (r"''|\"", " '' "),
     (r"([^'\s])('[smd]?)(?=\s)", r"\1 \2 "),
     (r"([^'\s])('ll|'re|'ve|n't)(?=\s)", r"\1 \2 "),

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from vislm.errors import UsageError
+from vislm.eval.singularize import singularize
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -29,5 +32,19 @@ def coco_vocabulary() -> Vocabulary:
 
 
 def vocabulary_of(names: Sequence[str]) -> Vocabulary:
-    """Return a vocabulary of plain category names; a name of two words is found as a phrase."""
-    return Vocabulary(tuple(names), {n: n for n in names}, {n: n for n in names if n.count(" ") == 1})
+    """Return a vocabulary of plain category names, found in the singular and with an added s.
+
+    Raises:
+        UsageError: a name of three or more words; phrases are joined in pairs.
+    """
+    node_of, phrases = {name: name for name in names}, {}
+    for name in names:
+        *first, last = name.split()
+        if len(first) > 1:
+            raise UsageError(f"category {name!r} has {len(first) + 1} words; captions are searched for one or two")
+        for form in (last, f"{last}s"):  # caption words are singularised, with the mistakes of that: "bus" is "bu"
+            word = " ".join(singularize(part) for part in (*first, form))
+            if first:
+                phrases[word] = name
+            node_of.setdefault(word, name)
+    return Vocabulary(tuple(names), node_of, phrases)

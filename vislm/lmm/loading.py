@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from vislm.errors import CheckpointError, UsageError
@@ -30,6 +31,8 @@ def load_pretrained(
     weights = _check_folder(folder) if local else _check_hub_name(name)
     precision = torch.float32 if name in EMBEDDED and dtype is None else _dtype(dtype)
     try:
+        if local:
+            transformers.logging.disable_progress_bar()  # nothing is downloaded; loading takes a moment
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=precision, use_safetensors=True, attn_implementation="sdpa", local_files_only=local
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,18 @@ def save_tensors(trainer: Trainer) -> dict[str, Tensor]:
     return {k: v.detach().clone().contiguous() for k, v in tensors.items()}
 
 
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_run(folder: Path, trainer: Trainer, settings: dict[str, Any]) -> None:
     """Write the run's state atomically."""
-    place = {"stage": trainer.stage, "step": trainer.step, "settings": settings}
-    data = save(save_tensors(trainer), {"place": json.dumps(place)})
+    tensors = save_tensors(trainer)
+    place = {"stage": trainer.stage, "step": trainer.step, "settings": settings, "digest": _digest(tensors)}
+    data = save(tensors, {"place": json.dumps(place)})
     with atomic_write(folder / NAME, "wb") as file:
         file.write(data)
 
@@ -50,6 +59,8 @@ def load(folder: Path, trainer: Trainer, settings: dict[str, Any]) -> None:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / NAME} cannot be read: {error}; start anew with --restart") from error
+    if place.get("digest", _digest(tensors)) != _digest(tensors):
+        raise CheckpointError(f"{folder / NAME} is damaged: its tensors are not those that were written")
     if place["settings"] != settings:
         names = [k for k in settings if place["settings"].get(k) != settings[k]]
         raise CheckpointError(f"{folder} holds a run with other {', '.join(names)}; use another folder or --restart")

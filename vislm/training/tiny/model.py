@@ -49,7 +49,7 @@ def build_model() -> LlavaForConditionalGeneration:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True)
+    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True, image_seq_length=64)
     config.image_token_id = IMAGE
     model = LlavaForConditionalGeneration(config)
     model.generation_config.pad_token_id = PAD

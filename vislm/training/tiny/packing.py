@@ -1,7 +1,7 @@
 """Packing all turns of an image behind one image prefix: exact, and many times more supervision per second.
 
-A token sees the prefix and the earlier tokens of its own turn; positions restart behind the prefix in every turn. Yes/no
-turns also share their first words "is there a".
+A token sees the prefix and the earlier tokens of its own turn; positions restart behind the prefix in every turn.
+Yes/no turns also share their first words "is there a".
 """
 
 from __future__ import annotations
@@ -58,7 +58,13 @@ def pack(conversations: Sequence[Sequence[Weighted]]) -> Packed:
             weights.append(weight)
             turn.append((n, k))
     return Packed(
-        ids, positions, _mask(segment), torch.tensor(where), torch.tensor(targets), torch.tensor(weights), torch.tensor(turn)
+        ids,
+        positions,
+        _mask(segment),
+        torch.tensor(where),
+        torch.tensor(targets),
+        torch.tensor(weights),
+        torch.tensor(turn),
     )
 
 
@@ -76,7 +82,9 @@ def _pack_row(turns: Sequence[Weighted]) -> tuple[list[int], list[int], list[int
         segments += [_STEM] * len(STEM)
     for number, (weighted, has_stem) in enumerate(zip(turns, stemmed, strict=True)):
         question = [*encode(weighted.turn.question), *encode("assistant :")]
-        answer = [*encode(weighted.turn.answer), EOS] if weighted.later is not None else encode(weighted.turn.answer)[:1]
+        answer = (
+            [*encode(weighted.turn.answer), EOS] if weighted.later is not None else encode(weighted.turn.answer)[:1]
+        )
         start = len(PREFIX) + (len(STEM) if has_stem else 0)
         tokens = [*question[len(STEM) if has_stem else 0 :], *answer[:-1]]
         first = len(ids) + len(tokens) - len(answer)

@@ -153,7 +153,8 @@ def train_tiny(
     out.mkdir(parents=True, exist_ok=True)
     if resume and checkpoint.exists(out):
         checkpoint.load(out, trainer, settings)
-        report(f"resuming at {stages[trainer.stage].name} step {trainer.step}")
+        done = trainer.stage == len(stages)
+        report("already trained" if done else f"resuming at {stages[trainer.stage].name} step {trainer.step}")
     development = Development()
     log = (out / "log.jsonl").open("a", encoding="utf-8")
     with log, _interruptible() as interrupted:
@@ -181,7 +182,7 @@ def train_tiny(
                 checkpoint.save_run(out, trainer, settings)
             if interrupted():
                 report("interrupted; run again to continue")
-                raise SystemExit(130)
+                raise SystemExit(128 + interrupted.signal)
     return export(trainer.model, out / "model")
 
 
@@ -190,11 +191,11 @@ def _plain(stage: Stage) -> dict[str, Any]:
 
 
 class _Flag:
-    def __init__(self) -> None:
-        self.raised = False
+    signal = 0
+    """Number of the signal that came; 0 before."""
 
     def __call__(self) -> bool:
-        return self.raised
+        return self.signal > 0
 
 
 def _interruptible() -> Any:
@@ -206,7 +207,7 @@ def _interruptible() -> Any:
         flag = _Flag()
 
         def handler(number: int, frame: object) -> None:
-            flag.raised = True
+            flag.signal = number
             for name, previous in old.items():
                 signal.signal(name, previous)
 

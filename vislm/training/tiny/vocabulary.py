@@ -48,7 +48,9 @@ def build_processor() -> Any:
 
     core = Tokenizer(WordLevel(IDS, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = pre_tokenizers.Whitespace()  # splits off punctuation
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -57,6 +59,7 @@ def build_processor() -> Any:
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
+        model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
     size = {"height": 64, "width": 64}

@@ -1,0 +1,1 @@
+"""Tables, pictures and HTML pages that show what a run did; import its modules directly."""

@@ -1,0 +1,98 @@
+"""A sheet of small pictures with a title above and a caption below each."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from vislm.errors import UsageError
+from vislm.report.png import BAD, GOOD, INK, QUIET, new_figure, plain, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SIDE = 2.1
+"""Width of a panel in inches."""
+_GAP = 0.22
+_LINE = 0.155
+"""Height of a line of small text in inches."""
+_MARGIN = 0.25
+_COLUMNS = 40
+"""Characters of small text that fit into a panel's width."""
+_MAX_CAPTION_LINES = 4
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a sheet. ``good`` colours the caption: True for a right answer, False for a wrong one."""
+
+    picture: Image.Image
+    title: str
+    subtitle: str = ""
+    caption: str = ""
+    good: bool | None = None
+
+
+def panel_figure(rows: Sequence[Sequence[Panel]], out: Path, title: str = "") -> Path:
+    """Draw rows of panels and write them as PNG; rows may have different lengths.
+
+    Raises:
+        UsageError: no panel at all.
+    """
+    if not any(rows):
+        raise UsageError("no panels to draw; give at least one picture")
+    columns = max(len(row) for row in rows)
+    heights = [_row_height(row) for row in rows]
+    head = 0.4 if title else 0.0
+    width = 2 * _MARGIN + columns * _SIDE + (columns - 1) * _GAP
+    height = 2 * _MARGIN + head + sum(heights)
+    figure = new_figure(width, height)
+    if title:
+        top = 1 - _MARGIN / height
+        figure.text(_MARGIN / width, top, plain(title), fontsize=12, weight="bold", color=INK, va="top")
+    top = height - _MARGIN - head
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, panel in enumerate(row):
+            _draw(figure, panel, _MARGIN + column * (_SIDE + _GAP), top, width, height)
+        top -= row_height
+    return save_figure(figure, out)
+
+
+def _row_height(row: Sequence[Panel]) -> float:
+    pictures = max((_SIDE * panel.picture.height / panel.picture.width for panel in row), default=0.0)
+    lines = max((len(_wrap(panel.caption)) for panel in row), default=0)
+    return max(map(_head_height, row), default=0.0) + pictures + 0.08 + lines * _LINE + 0.16
+
+
+def _head_height(panel: Panel) -> float:
+    return (1 + bool(panel.subtitle)) * 0.18 + 0.05
+
+
+def _draw(figure: Figure, panel: Panel, left: float, top: float, width: float, height: float) -> None:
+    x, baseline = left / width, top - 0.16
+    figure.text(x, baseline / height, plain(panel.title), fontsize=9, weight="bold", color=INK)
+    if panel.subtitle:
+        figure.text(x, (baseline - 0.18) / height, plain(panel.subtitle), fontsize=8, color=QUIET)
+    tall = _SIDE * panel.picture.height / panel.picture.width
+    bottom = top - _head_height(panel) - tall
+    axes = figure.add_axes((x, bottom / height, _SIDE / width, tall / height))
+    axes.imshow(panel.picture, interpolation="antialiased", aspect="auto")  # pyright: ignore[reportArgumentType]
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(color="#c4ccd4", linewidth=0.6)
+    colour = QUIET if panel.good is None else GOOD if panel.good else BAD
+    for number, line in enumerate(_wrap(panel.caption)):
+        figure.text(x, (bottom - 0.08 - (number + 0.75) * _LINE) / height, plain(line), fontsize=8, color=colour)
+
+
+def _wrap(caption: str) -> list[str]:
+    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, _COLUMNS)]
+    if len(lines) > _MAX_CAPTION_LINES:
+        lines = [*lines[: _MAX_CAPTION_LINES - 1], f"{lines[_MAX_CAPTION_LINES - 1][: _COLUMNS - 4]} ..."]
+    return lines
