@@ -28,8 +28,9 @@ from vislm.lmm.model import LMM, load_lmm
 from vislm.lmm.run import Run
 from vislm.report.heads import head_figure
 from vislm.report.page import Facts, Figure, Section, Table, Text, write_page
+from vislm.report.panels import Panel, panel_figure
 from vislm.report.tables import text_table
-from vislm.report.tokens import token_figure
+from vislm.report.tokens import token_panels
 from vislm.report.units import bytes_text
 
 Report = Callable[[str], None]
@@ -77,7 +78,7 @@ def run_demo(out: Path, *, scenes: int = 40, photo_layers: int = 3, report: Repo
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     lmm = load_lmm()
-    scene = next(generate_scenes(1, SHOWN_SCENE, start=3))
+    scene = next(s for s in generate_scenes(100, SHOWN_SCENE) if len(s.present) == 4)
     report("1. The embedded model answers questions about a scene.")
     dialogue = _dialogue(lmm, scene, report)
     report(f"2. The same with fewer visual tokens and reweighted heads; POPE and CHAIR on {scenes} held-out scenes.")
@@ -176,15 +177,15 @@ def _timed(lmm: LMM, images: Sequence[Any], runs: int = 5) -> Run:
 
 def _pictures(lmm: LMM, scene: Scene, out: Path) -> dict[str, Path]:
     question = caption_turn(scene).question
-    rows = []
+    panels: list[Panel] = []
     for label, prune, _ in SPECS[1:10]:
         with lmm.using(registry.build("pruning", prune[0])):
             answer = lmm.ask(scene.image, question)
         assert lmm.last_run is not None
-        rows.append((label, answer, lmm.last_run))
+        panels += token_panels(scene.image, label, answer, lmm.last_run, lmm.adapter, processor=lmm.processor)
     scene.image.resize((256, 256), 0).save(out / "scene.png")
     figures = {"scene": out / "scene.png"}
-    figures["tokens"] = token_figure(scene.image, rows, lmm.adapter, out / "tokens.png", processor=lmm.processor)
+    figures["tokens"] = panel_figure([panels[i : i + 3] for i in range(0, 9, 3)], out / "tokens.png")
     with lmm.using(registry.build("heads", "vhr:alpha=1.5")):
         lmm.ask(scene.image, question)
     assert lmm.last_run is not None
@@ -210,7 +211,7 @@ def _photograph(out: Path, layers: int, report: Report) -> tuple[list[dict[str, 
         "flowcut, 64": (registry.build("pruning", "flowcut:keep=64"),),
         "fastv, 64": (registry.build("pruning", "fastv:keep=64,layer=1"),),
     }
-    timings = [time_prefill(model, inputs, label, chosen, runs=2) for label, chosen in methods.items()]
+    timings = [time_prefill(model, inputs, label, chosen, runs=1) for label, chosen in methods.items()]
     full = timings[0].run
     rows = []
     for t in timings:
@@ -227,9 +228,9 @@ def _photograph(out: Path, layers: int, report: Report) -> tuple[list[dict[str, 
             }
         )
     report(text_table(rows))
-    pictures = [(t.label, "untrained weights: no answer", t.run) for t in timings[1:]]
-    path = token_figure(photo, pictures, adapter_for(model), out / "photo.png")
-    return rows, path
+    adapter, note = adapter_for(model), "untrained weights: no answer"
+    panels = [p for t in timings[1:] for p in token_panels(photo, t.label, note, t.run, adapter)]
+    return rows, panel_figure([panels], out / "photo.png")
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def _page(
             [
                 Table(
                     table,
-                    "right: the questions above. POPE (adversarial split) and CHAIR on held-out scenes; few of them, so "
+                    "right: the questions above. POPE (adversarial split) and CHAIR on few held-out scenes, so "
                     "read differences of a few hundredths as noise (docs/benchmarks.md has 500 scenes). MFLOPs, key-"
                     "value bytes: one sample. Prefill: median, batch of 8. Saving realised: share of the FLOPs saved "
                     "that shows in tower and prefill time; a model this small is dominated by overheads.",

@@ -1,4 +1,4 @@
-"""An untrained LLaVA with the true sizes of LLaVA-1.5-7B but few decoder layers: for speed and memory, not for answers."""
+"""An untrained LLaVA with the true sizes of LLaVA-1.5-7B but few decoder layers: for speed and memory only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGE_TOKEN = 32000
 
 
 def build_llava(layers: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
-    """Return the model: CLIP-L/14 at 336 pixels (24 layers x 1024, 576 patches) and ``layers`` decoder layers x 4096."""
+    """Return the model: CLIP-L/14 at 336 pixels (24 layers x 1024, 576 patches), ``layers`` decoder layers x 4096."""
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
