@@ -356,11 +356,30 @@ def test_static_cache_is_refused_with_a_remedy() -> None:
     generate(model, inputs, VHR(), cache_implementation="static")
 
 
-def test_static_cache_with_head_scaling_equals_dynamic() -> None:
-    model, inputs = models.llava(), one_image("llava")
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_cache_with_head_scaling_equals_dynamic(padded) -> None:
+    model = models.llava()
+    inputs = mixed_batch()[0] if padded else one_image("llava")
     dynamic, _, _ = generate(model, inputs, VHR())
     static, _, _ = generate(model, inputs, VHR(), cache_implementation="static")
     torch.testing.assert_close(static, dynamic, atol=1e-5, rtol=0)
+
+
+def test_a_second_turn_on_a_kept_cache_keeps_the_heads_of_the_first() -> None:
+    """Heads are fixed at the prefill; what was dropped inside the language model stays dropped."""
+    model, inputs = models.llava(), one_image("llava")
+    for methods in ((VHR(),), (FastV(keep=5),), (FastV(keep=5, positions="contiguous"), VHR())):
+        with attach(model, *methods) as session:
+            first = model.generate(**inputs, **GENERATE)
+            factors = dict(session.last_run.head_factors)
+            longer = torch.cat([first.sequences, torch.tensor([[7, 8]])], 1)
+            second = model.generate(input_ids=longer, past_key_values=first.past_key_values, **GENERATE)
+            assert torch.isfinite(torch.stack(second.logits)).all()
+            assert session.last_run.head_factors.keys() == factors.keys()
+            whole = model.generate(input_ids=longer, pixel_values=inputs["pixel_values"], **GENERATE)
+        if methods == (FastV(keep=5),):  # the last prompt token, and so the ranking, differs; lengths do not
+            lengths = [[c.keys.shape[-2] for c in out.past_key_values.layers] for out in (second, whole)]
+            assert lengths[0] == lengths[1]
 
 
 @pytest.mark.parametrize("method", ["random", "flowcut"])

@@ -46,7 +46,7 @@ def build_llava(layers: int = 3, seed: int = 0, dtype: torch.dtype = torch.float
     config.image_token_id = IMAGE_TOKEN
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    model = model.to(dtype).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device="cpu")  # pyright: ignore[reportArgumentType]
     _fill(model, torch.Generator().manual_seed(seed))
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

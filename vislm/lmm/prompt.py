@@ -126,6 +126,8 @@ class PromptPart:
 
     def decode(self, kwargs: dict[str, Any], prompt: PromptMap, cached: int) -> None:
         """Translate the kwargs of a later forward with ``cached`` keys in the first layer, in place."""
+        if prompt.untouched:
+            return
         ids = kwargs.get("input_ids")
         new = ids.shape[1] if ids is not None else kwargs["inputs_embeds"].shape[1]
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -138,8 +140,6 @@ class PromptPart:
                 "this cache holds a pruned prompt, which a new generate() cannot continue; pass the whole conversation "
                 "again without past_key_values"
             )
-        if prompt.untouched:
-            return
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([gather_rows(mask, prompt.index), mask[:, prompt.length :]], 1)
         elif prompt.valid is not None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,6 +37,7 @@ class Session:
         self.prompt: PromptMap | None = None
         self.prompt_mask: Tensor | None = None
         self._pending: Run | None = None  # encoded images whose prompt has not come yet
+        self._started = self._tower_started = 0.0
         self._hooks = Hooks()
         self._implementations: dict[str, str] = {}
         self._tower = TowerPart(self, self.plan.tower) if self.plan.tower else None
@@ -106,7 +108,10 @@ class Session:
         self._tower_started = clock(self.adapter.model.device)
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.run.seconds["tower"] += clock(self.adapter.model.device) - self._tower_started
+        elapsed = clock(self.adapter.model.device) - self._tower_started
+        self.run.seconds["tower"] += elapsed
+        if self.phase is not None:
+            self._started += elapsed  # the tower ran inside the model's forward; prefill does not include it
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         kwargs = named_arguments(module, args, kwargs)
@@ -124,7 +129,10 @@ class Session:
 
     def _begin_prefill(self, kwargs: dict[str, Any], cache: Any) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if self.plan.watches_language and mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+        if mask is not None and mask.dim() == 4:  # made for a static cache; the last row sees all valid columns
+            last = mask[:, 0, -1, : ids.shape[1]] if ids is not None else mask[:, 0, -1]
+            mask = last if last.dtype == torch.bool else last >= 0
+        if self.plan.watches_language and mask is not None and not bool(mask[:, -1].all()):
             raise UsageError("signals are taken at the last column: pad prompts on the left (padding_side='left')")
         if self._decoder:
             self._decoder.start(cache)

@@ -78,11 +78,9 @@ def _group_table(metrics: Mapping[str, Any]) -> str:
     if plain:
         blocks.append(text_table([{"metric": name, "value": value} for name, value in plain.items()]))
     if groups:
-        rows = [
-            {"group": name, **{k: v for k, v in group.items() if not isinstance(v, (Mapping, list, tuple))}}
-            for name, group in groups.items()
-        ]
-        blocks.append(text_table(rows))
+        flat = {n: {k: v for k, v in g.items() if not isinstance(v, (Mapping, list, tuple))} for n, g in groups.items()}
+        rows = [{"group": name, **figures} for name, figures in flat.items() if figures]
+        blocks += [text_table(rows)] if rows else []
     return "\n\n".join(blocks)
 
 
