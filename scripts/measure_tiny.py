@@ -42,12 +42,17 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--model", default="vislm-tiny")
+    parser.add_argument("--part", default="0/1", help="k/n: only every n-th setting from k on; run all parts, then 0/1")
     options = parser.parse_args()
     folder = options.out / "scenes"
     if not (folder / "instances.json").is_file():
         write_scenes(folder, options.scenes, SEED)
     lmm = load_lmm(options.model)
-    rows = [measure(lmm, folder, options.out, prune, heads, options.captions) for prune, heads in SETTINGS]
+    part, parts = map(int, options.part.split("/"))
+    chosen = SETTINGS[part::parts]
+    rows = [measure(lmm, folder, options.out, prune, heads, options.captions) for prune, heads in chosen]
+    if parts > 1:
+        return
     print(markdown_table(rows))
     print(controls(lmm, folder, options.out))
     print(markdown_table([skills(lmm, list(generate_scenes(options.captions, SEED)))]))

@@ -41,8 +41,11 @@ class DecoderShape:
 
     def prefill_flops(self, tokens: Sequence[int]) -> int:
         """Return the FLOPs of one prompt's prefill; ``tokens[l]`` columns enter layer l; logits of the last row."""
-        inner, d = self.heads * self.head_dim, self.width
-        total = 2 * d * self.vocabulary
+        return 2 * self.width * self.vocabulary + self.layer_flops(tokens)
+
+    def layer_flops(self, tokens: Sequence[int]) -> int:
+        """Return the FLOPs of the decoder layers alone; ``tokens[l]`` columns enter layer l."""
+        inner, d, total = self.heads * self.head_dim, self.width, 0
         for n in tokens:
             total += 2 * n * d * (inner + 2 * self.kv_heads * self.head_dim) + 2 * n * inner * d
             total += 4 * n * n * inner + 2 * self.mlp_matrices * n * d * self.mlp_width

@@ -32,6 +32,11 @@ class HeadPart:
         """Whether the attention being computed belongs to the text-only stream."""
         return self._image_output is not None
 
+    @property
+    def text_tokens(self) -> list[int]:
+        """Columns of the text-only stream in each layer that it ran through; empty without one."""
+        return [] if self.text is None else [self.text.hidden.shape[1]] * (self.last_layer + 1)
+
     def start(self, input_ids: Tensor | None, mask: Tensor | None) -> None:
         """Prepare for a prefill of input_ids (B, S), the caller's full prompt."""
         self.text = None

@@ -39,7 +39,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: {"tower": 0.0, "prefill": 0.0, "decode": 0.0})
     """Wall time of each phase; prefill excludes the tower."""
     flops: dict[str, int] = field(default_factory=dict)
-    """FLOPs of the cost model: "tower", "prefill", and the same without any pruning as "full_tower", "full_prefill"."""
+    """FLOPs of the cost model: "tower", "prefill" (a text-only stream included), and the same of the untouched model as
+    "full_tower", "full_prefill"."""
     features: list[Tensor] | None = field(default=None, repr=False)
 
     def keep_stage(self, kept: Kept) -> None:

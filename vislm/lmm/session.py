@@ -172,9 +172,10 @@ class Session:
         images = len(run.visual_tokens)
         full = [run.prompt_tokens] * len(self.adapter.layers)
         projected = run.tower_tokens[-1] if run.tower_tokens else None
+        beside = self._decoder_shape.layer_flops(self._heads.text_tokens) if self._heads else 0
         run.flops = {
             "tower": images * self._tower_shape.flops(run.tower_tokens, projected),
-            "prefill": run.batch * self._decoder_shape.prefill_flops(run.layer_tokens),
+            "prefill": run.batch * (self._decoder_shape.prefill_flops(run.layer_tokens) + beside),
             "full_tower": images * self._tower_shape.flops(None),
             "full_prefill": run.batch * self._decoder_shape.prefill_flops(full),
         }

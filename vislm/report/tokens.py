@@ -17,6 +17,8 @@ from vislm.lmm.run import Run
 from vislm.report.overlay import kept_map, kept_overlay, seen_picture
 from vislm.report.panels import Panel, panel_figure
 
+_PER_ROW = 4
+
 
 def token_figure(
     image: ImageSource,
@@ -27,7 +29,9 @@ def token_figure(
     processor: Any | None = None,
     number: int = 0,
 ) -> Path:
-    """Draw one row per method and one panel per stage (and per grid of a tiled model); write a PNG, return its path.
+    """Draw one panel per stage (and per grid of a tiled model) and one row per method; write a PNG, return its path.
+
+    Methods with a single panel each stand side by side.
 
     Args:
         image: the picture that the runs are about.
@@ -45,6 +49,9 @@ def token_figure(
         token_panels(picture, label, answer, run, adapter, processor=processor, number=number)
         for label, answer, run in rows
     ]
+    if all(len(row) == 1 for row in panels):  # one picture per method: side by side
+        single = [row[0] for row in panels]
+        panels = [single[i : i + _PER_ROW] for i in range(0, len(single), _PER_ROW)]
     return panel_figure(panels, Path(out))
 
 
