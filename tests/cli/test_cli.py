@@ -71,6 +71,7 @@ def test_ask(vislm, photo) -> None:
         (["eval", "popee", "--data", "x", "--out", "y"], 2, "did you mean 'pope'"),
         (["eval", "pope", "--data", "nowhere", "--out", "y"], 1, "does not exist"),
         (["nonsense"], 2, "No such command"),
+        (["eval", "pope", "--data", "x", "--out", "y", "--control", "gray"], 2, "did you mean 'grey'"),
     ],
 )
 def test_mistakes_end_in_one_clear_line(vislm, photo, tmp_path, monkeypatch, arguments, code, message) -> None:

@@ -19,17 +19,23 @@ def evaluate(
     heads: Heads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Use only the first N samples.")] = None,
+    control: Annotated[str, typer.Option("--control", help="none, or grey: every picture replaced by grey.")] = "none",
     on_error: Annotated[str, typer.Option("--on-error", help="stop or skip at broken images.")] = "stop",
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
     """Run a benchmark: one JSON line per finished sample, then results.json and a table."""
-    from vislm.eval.benchmarks import load_benchmark
+    from typing import get_args
+
+    from vislm.errors import UnknownName
+    from vislm.eval.benchmarks import Control, load_benchmark
     from vislm.eval.runner import run
     from vislm.report.tables import metrics_table
 
     methods = interventions(prune, heads)
-    task = load_benchmark(benchmark, data)
+    if control not in get_args(Control):
+        raise UnknownName("control", control, get_args(Control))
+    task = load_benchmark(benchmark, data, control=control)  # pyright: ignore[reportArgumentType]
     lmm = load(model, dtype, device)
     with lmm.using(*methods):
         results = run(task, lmm, out, batch_size=batch_size, limit=limit, on_error=on_error, progress=True)
