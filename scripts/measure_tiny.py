@@ -26,13 +26,19 @@ from vislm.report.tables import markdown_table
 SEED = 13579
 """Scenes that no training, calibration or decision has used."""
 
-PRUNING = [f"{method}:keep={keep}" for keep in (32, 16, 8, 4) for method in ("random", "fastv", "flowcut")]
+PRUNING = [
+    spec.format(keep)
+    for keep in (32, 16, 8, 4)
+    for spec in ("random:keep={}", "fastv:keep={}", "flowcut:keep={},positions=original", "flowcut:keep={}")
+]
 SETTINGS: list[tuple[list[str], list[str]]] = [
     ([], []),
     *(([p], []) for p in PRUNING),
     ([], ["vhr:alpha=1.5"]),
     ([], ["vhr:alpha=2"]),
-    (["flowcut:keep=16"], ["vhr:alpha=1.5"]),
+    ([], ["vhr:alpha=1.5,outlier_rule=false"]),
+    ([], ["vhr:alpha=2,outlier_rule=false"]),
+    (["flowcut:keep=16,positions=original"], ["vhr:alpha=1.5"]),
 ]
 
 
@@ -60,14 +66,14 @@ def main() -> None:
 
 def measure(lmm: LMM, folder: Path, out: Path, prune: list[str], heads: list[str], captions: int) -> dict[str, Any]:
     """Return one row of the table."""
-    name = "+".join([*prune, *heads]).replace(":", "-").replace("=", "") or "full"
+    name = "+".join([*prune, *heads]).replace(":", "-").replace("=", "").replace(",", "-") or "full"
     methods = [registry.build("pruning", p) for p in prune] + [registry.build("heads", h) for h in heads]
     with lmm.using(*methods):
         pope = run(load_benchmark("pope", folder), lmm, out / name / "pope", batch_size=128, progress=True)
         chair = run(load_benchmark("chair", folder, limit=captions), lmm, out / name / "chair", batch_size=128)
     splits, caption = pope["metrics"], chair["metrics"]
     row: dict[str, Any] = {
-        "setting": name.replace("-keep", " ").replace("-alpha", " "),
+        "setting": " + ".join([*prune, *heads]) or "all tokens",
         "tokens": round(pope["visual_tokens_kept"]),
     }
     for split in SPLITS:

@@ -124,8 +124,9 @@ def test_captions(lmm, folder, tmp_path) -> None:
 def test_pruning(score) -> None:
     full = score()["adversarial"]["accuracy"]
     assert score(ClsAttention(16))["adversarial"]["accuracy"] > full - 0.02
-    assert score(FlowCut(keep=16))["adversarial"]["accuracy"] > full - 0.02
-    assert score(RandomPruning(keep=16))["adversarial"]["accuracy"] <= full - 0.05
+    random16 = score(RandomPruning(keep=16))["adversarial"]["accuracy"]
+    assert random16 <= full - 0.05
+    assert score(FlowCut(keep=16))["adversarial"]["accuracy"] >= random16 + 0.03
     few, random = score(ClsAttention(4)), score(RandomPruning(keep=4))
     assert few["adversarial"]["accuracy"] >= random["adversarial"]["accuracy"] + 0.15
 

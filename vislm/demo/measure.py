@@ -12,7 +12,7 @@ from vislm.data.scene_types import Scene
 from vislm.data.scenes import write_scenes
 from vislm.demo.questions import ask_about
 from vislm.demo.settings import Setting
-from vislm.demo.timing import interleaved
+from vislm.demo.timing import interleaved, threads
 from vislm.eval.benchmarks import Benchmark, load_benchmark
 from vislm.eval.runner import run
 from vislm.lmm.model import LMM
@@ -21,7 +21,7 @@ from vislm.report.units import percent_text
 
 HELD_OUT = 60221
 """Seed of the benchmark scenes; no training and no calibration used it."""
-TIMED_BATCH = 16
+TIMED_BATCH, ROUNDS = 16, 7
 Report = Callable[[str], None]
 
 
@@ -77,12 +77,12 @@ def measure(
         held_out: number of scenes for POPE and CHAIR.
         report: gets a line per setting.
     """
-    times = _times(lmm, settings, scenes)
-    outcomes = []
-    with tempfile.TemporaryDirectory() as scratch:
+    outcomes, oracle = [], {}
+    # so small a model gains nothing from more threads, and loses much where another program takes a core
+    with tempfile.TemporaryDirectory() as scratch, threads(1):
+        times = _times(lmm, settings, scenes)
         folder = write_scenes(Path(scratch) / "scenes", held_out, HELD_OUT)
         pope, chair = load_benchmark("pope", folder), load_benchmark("chair", folder)
-        yes_no: dict[str, Any] = {}
         for number, (setting, timed) in enumerate(zip(settings, times, strict=True)):
             with lmm.using(*setting.interventions):
                 replies = [reply for scene in ask_about(lmm, scenes) for reply in scene]
@@ -90,17 +90,17 @@ def measure(
                 captions = _metrics(chair, lmm, Path(scratch) / f"{number}-chair")
             saving = None if number == 0 else timed.realised_saving(times[0])
             right = sum(reply.right for reply in replies)
-            outcome = Outcome(setting, right, len(replies), yes_no["adversarial"], captions, timed, saving)
-            outcomes.append(outcome)
+            outcomes.append(Outcome(setting, right, len(replies), yes_no["adversarial"], captions, timed, saving))
+            oracle = yes_no["oracles"]["adversarial"]["context_only"]
             report(f"   {number + 1:2d} of {len(settings)}  {setting.label:<18} {right} of {len(replies)} right")
-    return outcomes, yes_no["oracles"]["adversarial"]["context_only"]
+    return outcomes, oracle
 
 
 def _metrics(benchmark: Benchmark, lmm: LMM, out: Path) -> dict[str, Any]:
     return run(benchmark, lmm, out, batch_size=64)["metrics"]
 
 
-def _times(lmm: LMM, settings: list[Setting], scenes: list[Scene], rounds: int = 7) -> list[Run]:
+def _times(lmm: LMM, settings: list[Setting], scenes: list[Scene]) -> list[Run]:
     images = [scenes[i % len(scenes)].image for i in range(TIMED_BATCH)]
 
     def call(setting: Setting) -> Run:
@@ -109,4 +109,4 @@ def _times(lmm: LMM, settings: list[Setting], scenes: list[Scene], rounds: int =
         assert lmm.last_run is not None
         return lmm.last_run
 
-    return interleaved([lambda s=setting: call(s) for setting in settings], rounds)
+    return interleaved([lambda s=setting: call(s) for setting in settings], ROUNDS)

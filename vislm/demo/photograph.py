@@ -38,13 +38,13 @@ class RealSizes:
     dtype: str
 
 
-def measure_photograph(out: Path, layers: int, rounds: int = 1) -> RealSizes:
+def measure_photograph(out: Path, layers: int, budget: float = 20.0) -> RealSizes:
     """Time tower and prefill of every method on the photograph, and draw the patches that stay.
 
     Args:
         out: PNG file to write.
         layers: decoder layers.
-        rounds: timed runs of each method, after one to warm up.
+        budget: seconds after which no further round of timing starts; at most 5 rounds are timed, the fastest counts.
     """
     from vislm.demo import true_shape
 
@@ -60,7 +60,7 @@ def measure_photograph(out: Path, layers: int, rounds: int = 1) -> RealSizes:
 
     chosen = [(registry.build("pruning", spec),) if spec else () for spec in METHODS.values()]
     with torch.no_grad():
-        runs = interleaved([lambda m=methods: call(m) for methods in chosen], rounds)
+        runs = interleaved([lambda m=methods: call(m) for methods in chosen], 5, budget, min)
     rows = [_row(label, run, runs[0]) for label, run in zip(METHODS, runs, strict=True)]
     adapter = adapter_for(model)
     panels = [

@@ -18,6 +18,7 @@ TEXT_TOKENS = 60
 """Words of a prompt of usual length around the image."""
 IMAGE_TOKEN = 32000
 _PROBE = 768
+"""Side of the matrices that tell the faster dtype."""
 _TOWER = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -58,12 +59,7 @@ def build_llava(
     Raises:
         UsageError: fewer than one layer.
     """
-    if layers < 1:
-        raise UsageError(f"layers={layers}: expected 1 to 32 decoder layers")
-    vision = CLIPVisionConfig(**{**_TOWER, **(tower or {})})
-    text = LlamaConfig(**{**_DECODER, "num_hidden_layers": layers, **(decoder or {})})
-    # one matrix for embedding and output head halves the time to fill them
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, tie_word_embeddings=True)
+    config = llava_config(layers, tower, decoder)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
@@ -74,6 +70,20 @@ def build_llava(
     model.tie_weights()
     _fill(model, torch.Generator().manual_seed(seed))
     return model.eval()
+
+
+def llava_config(
+    layers: int, tower: dict[str, Any] | None = None, decoder: dict[str, Any] | None = None
+) -> LlavaConfig:
+    """Return the configuration of :func:`build_llava`; arguments and errors as there."""
+    if layers < 1:
+        raise UsageError(f"layers={layers}: expected 1 to 32 decoder layers")
+    vision = CLIPVisionConfig(**{**_TOWER, **(tower or {})})
+    text = LlamaConfig(**{**_DECODER, "num_hidden_layers": layers, **(decoder or {})})
+    # one matrix for embedding and output head halves the time to fill them
+    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=True)
+    config.image_token_id = IMAGE_TOKEN
+    return config
 
 
 @torch.no_grad()
@@ -91,11 +101,11 @@ def fast_dtype() -> torch.dtype:
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    a = torch.ones(_PROBE, _PROBE, dtype=dtype)
-    a @ a  # the first product sets up the library
+    matrix, product = torch.ones(_PROBE, _PROBE, dtype=dtype), torch.empty(_PROBE, _PROBE, dtype=dtype)
+    torch.mm(matrix, matrix, out=product)  # the first product sets up the library
     started = time.perf_counter()
     for _ in range(3):
-        a @ a
+        torch.mm(matrix, matrix, out=product)
     return time.perf_counter() - started
 
 

@@ -12,6 +12,8 @@ from vislm.files import atomic_write
 from vislm.report.tables import Rows, format_cell, is_numeric, table_columns
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SHORT = 32
+"""Characters of a table cell that stay on one line."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,18 @@ class Table:
         return [(name, is_numeric(self.rows, name)) for name in table_columns(self.rows, self.columns)]
 
     @property
-    def body(self) -> list[tuple[bool, list[tuple[str, bool]]]]:
-        """Per row: emphasis, and its cells as (text, numeric)."""
+    def body(self) -> list[tuple[bool, list[tuple[str, str]]]]:
+        """Per row: emphasis, and its cells as (text, style)."""
         bold = [*self.emphasis, *[False] * len(self.rows)]
         return [
-            (bold[number], [(format_cell(row.get(name)), numeric) for name, numeric in self.header])
+            (bold[number], [_styled(format_cell(row.get(name)), numeric) for name, numeric in self.header])
             for number, row in enumerate(self.rows)
         ]
+
+
+def _styled(text: str, numeric: bool) -> tuple[str, str]:
+    """Pair a cell's text with its style; only long texts may break into lines."""
+    return text, "number" if numeric else "short" if len(text) <= _SHORT else "long"
 
 
 @dataclass(frozen=True)

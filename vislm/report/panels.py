@@ -16,7 +16,7 @@ from vislm.report.png import BAD, GOOD, INK, QUIET, new_figure, plain, save_figu
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_GAP = 0.22
+_GAP, _ROW_GAP = 0.22, 0.16
 _LINE = 0.155
 """Height of a line of small text in inches."""
 _MARGIN = 0.25
@@ -54,7 +54,7 @@ def panel_figure(rows: Sequence[Sequence[Panel]], out: Path, title: str = "", *,
     heights = [_row_height(row, side) for row in rows]
     head = 0.4 if title else 0.0
     width = 2 * _MARGIN + columns * side + (columns - 1) * _GAP
-    height = 2 * _MARGIN + head + sum(heights)
+    height = 2 * _MARGIN + head + sum(heights) - _ROW_GAP
     figure = new_figure(width, height)
     if title:
         top = 1 - _MARGIN / height
@@ -70,7 +70,7 @@ def panel_figure(rows: Sequence[Sequence[Panel]], out: Path, title: str = "", *,
 def _row_height(row: Sequence[Panel], side: float) -> float:
     pictures = max((side * panel.picture.height / panel.picture.width for panel in row), default=0.0)
     lines = max((len(_wrap(panel.caption, side)) for panel in row), default=0)
-    return max(map(_head_height, row), default=0.0) + pictures + 0.08 + lines * _LINE + 0.16
+    return max(map(_head_height, row), default=0.0) + pictures + 0.08 + lines * _LINE + _ROW_GAP
 
 
 def _head_height(panel: Panel) -> float:
