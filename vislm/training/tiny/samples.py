@@ -96,7 +96,7 @@ class EasyVqa:
         except ImportError as error:
             from vislm.errors import UsageError
 
-            raise UsageError("training uses the easy-vqa images: pip install easy-vqa") from error
+            raise UsageError("training uses the images of easy-vqa: pip install easy-vqa") from error
         self.paths: dict[int, str] = get_train_image_paths()
         questions, answers, images = get_train_questions()
         self.turns: dict[int, list[Turn]] = {}
