@@ -43,7 +43,7 @@ def tokens(
         with lmm.using(*interventions([spec], heads)):
             answer = lmm.ask(image, question)
         rows.append((spec, answer, lmm.last_run))
-    token_figure(image, rows, lmm.adapter, out)
+    token_figure(image, rows, lmm.adapter, out, processor=lmm.processor)
     typer.echo(f"written to {out}")
 
 

@@ -38,7 +38,7 @@ class RealSizes:
     dtype: str
 
 
-def measure_photograph(out: Path, layers: int, budget: float = 20.0) -> RealSizes:
+def measure_photograph(out: Path, layers: int, budget: float = 35.0) -> RealSizes:
     """Time tower and prefill of every method on the photograph, and draw the patches that stay.
 
     Args:

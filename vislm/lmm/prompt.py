@@ -61,6 +61,7 @@ class PromptPart:
             self.session.adapter.encode(kwargs)
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         features = None if encoded is None else list(encoded.pooler_output)
+        self.session.run.features = features
         is_image = ids == self.session.adapter.image_token_id
         image_of = number_images(is_image, None if features is None else [len(f) for f in features])
         has_image = is_image.any(-1)
@@ -69,7 +70,6 @@ class PromptPart:
             return PromptMap(ids.shape[1], index, None, image_of, has_image)
 
         keeps = [self._select(n, f, image_of) for n, f in enumerate(features)]
-        self.session.run.features = features
         self.session.run.keep_stage(Kept("prompt", [k.nonzero().flatten().tolist() for k in keeps]))
         keep = torch.ones_like(is_image)
         keep[is_image] = torch.cat(keeps).to(keep.device)
