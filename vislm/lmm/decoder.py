@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,9 @@ from vislm.errors import UsageError
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import Kept, LanguageStage, LanguageView
-from vislm.lmm.prompt import PromptMap, refuse_static_cache
+from vislm.lmm.prompt import refuse_static_cache
+from vislm.lmm.state import PromptMap, SessionState, first_layer_keys
 from vislm.lmm.tokens import compact, gather_rows
-
-if TYPE_CHECKING:
-    from vislm.lmm.session import Session
 
 
 @dataclass
@@ -82,15 +80,15 @@ class DecoderPart:
     the mask has to follow (and the rotary embedding, with contiguous positions).
     """
 
-    def __init__(self, session: Session, stages: dict[int, tuple[int, LanguageStage]]) -> None:
-        self.session, self.stages = session, stages
+    def __init__(self, shared: SessionState, stages: dict[int, tuple[int, LanguageStage]]) -> None:
+        self.shared, self.stages = shared, stages
         self.signals = {stage.signal_layer: (layer, stage) for layer, (_, stage) in stages.items()}
         self.segments: list[Segment | None] = []
         self.signal: dict[int, Any] = {}
 
     def install(self, hooks: Hooks) -> None:
         """Add the pre-hooks."""
-        layers = self.session.adapter.layers
+        layers = self.shared.adapter.layers
         for number in range(min(self.stages), len(layers)):
             hooks.before(
                 layers[number], lambda module, args, kwargs, n=number: self._before_layer(module, n, args, kwargs)
@@ -99,7 +97,7 @@ class DecoderPart:
     def start(self, cache: Any) -> None:
         """Forget the last prompt."""
         refuse_static_cache(cache)
-        self.segments = [None] * len(self.session.adapter.layers)
+        self.segments = [None] * len(self.shared.adapter.layers)
         self.signal.clear()
 
     def observe(self, number: int, call: AttentionCall) -> None:
@@ -109,12 +107,12 @@ class DecoderPart:
             self.signal[layer] = stage.signal(call)
 
     def _before_layer(self, module: nn.Module, number: int, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        session = self.session
-        if session.phase is None or session.prompt is None:
+        shared = self.shared
+        if shared.phase is None or shared.prompt is None:
             return None
         arguments = named_arguments(module, args, kwargs)
         hidden = arguments["hidden_states"]
-        if session.phase == "prefill":
+        if shared.phase == "prefill":
             previous = self.segments[number - 1]
             segment = previous
             if number in self.stages:
@@ -129,24 +127,24 @@ class DecoderPart:
             if segment is None:
                 return None
             arguments["attention_mask"] = segment.decode_mask(
-                arguments.get("attention_mask"), session.first_layer_keys(arguments["past_key_values"])
+                arguments.get("attention_mask"), first_layer_keys(arguments["past_key_values"])
             )
             if segment.shift is not None:
                 positions = arguments["position_ids"] - segment.shift
                 arguments["position_ids"] = positions
-                arguments["position_embeddings"] = session.adapter.rotary(hidden, positions)
+                arguments["position_embeddings"] = shared.adapter.rotary(hidden, positions)
         arguments.pop("hidden_states")
         return (hidden,), arguments
 
     def _drop(
         self, number: int, hidden: Tensor, previous: Segment | None, position_ids: Tensor
     ) -> tuple[Segment | None, Tensor]:
-        session, (owner, stage) = self.session, self.stages[number]
-        prompt = session.prompt
+        shared, (owner, stage) = self.shared, self.stages[number]
+        prompt = shared.prompt
         assert prompt is not None
         image_of = previous.image_of if previous else prompt.image_of
         real = self._real_columns(previous)
-        keep = stage.select(LanguageView(self.signal.pop(number), image_of, session.run.memory[owner]))
+        keep = stage.select(LanguageView(self.signal.pop(number), image_of, shared.run.memory[owner]))
         if bool((~keep & (image_of < 0) & real).any()):
             raise UsageError("a language stage must keep all text columns")
         if bool((keep | ~real).all()):
@@ -158,12 +156,12 @@ class DecoderPart:
             segment.image_of = segment.image_of.masked_fill(~segment.valid, -1)
         if stage.positions == "contiguous":
             self._renumber(segment, position_ids)
-        session.run.keep_stage(Kept(f"layer {number}", _kept_per_image(segment, prompt, session.run.stages)))
+        shared.run.keep_stage(Kept(f"layer {number}", _kept_per_image(segment, prompt, shared.run.stages)))
         return segment, gather_rows(hidden, index)
 
     def _real_columns(self, segment: Segment | None) -> Tensor:
         """Return (B, n) bool: False on padding, be it the caller's or ours."""
-        mask, prompt = self.session.prompt_mask, self.session.prompt
+        mask, prompt = self.shared.prompt_mask, self.shared.prompt
         assert prompt is not None
         real = torch.ones_like(prompt.index, dtype=torch.bool) if mask is None else mask.bool()
         if segment is None:
@@ -179,7 +177,7 @@ class DecoderPart:
     def _positions(self, arguments: dict[str, Any], segment: Segment, hidden: Tensor) -> None:
         if segment.positions is not None:
             arguments["position_ids"] = segment.positions
-            arguments["position_embeddings"] = self.session.adapter.rotary(hidden, segment.positions)
+            arguments["position_embeddings"] = self.shared.adapter.rotary(hidden, segment.positions)
             return
         cos, sin = arguments["position_embeddings"]
         arguments["position_embeddings"] = (gather_rows(cos, segment.index), gather_rows(sin, segment.index))

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.interventions import HeadStage, HeadView
+from vislm.lmm.state import SessionState
 from vislm.lmm.text_stream import TextStream
-
-if TYPE_CHECKING:
-    from vislm.lmm.session import Session
 
 
 class HeadPart:
     """Multiplies head outputs (B, Nq, H, d) by per-sample factors (B, H) before the output projection."""
 
-    def __init__(self, session: Session, stages: list[tuple[int, HeadStage]]) -> None:
-        self.session, self.stages = session, stages
+    def __init__(self, shared: SessionState, stages: list[tuple[int, HeadStage]]) -> None:
+        self.shared, self.stages = shared, stages
         self.needs_text = any(stage.text_only != "no" for _, stage in stages)
         self.scales_text = any(stage.text_only == "both" for _, stage in stages)
         self.last_layer = max((n for _, stage in stages for n in stage.layers), default=-1)
@@ -41,7 +37,7 @@ class HeadPart:
         """Prepare for a prefill of input_ids (B, S), the caller's full prompt."""
         self.text = None
         if self.needs_text and input_ids is not None:
-            adapter = self.session.adapter
+            adapter = self.shared.adapter
             self.text = TextStream(adapter, input_ids, mask, adapter.image_token_id)
 
     def apply(self, number: int, call: AttentionCall, out: Tensor) -> Tensor:
@@ -50,7 +46,7 @@ class HeadPart:
             return self._in_text_stream(number, out)
         if number > self.last_layer:
             return out
-        if self.session.phase == "decode":
+        if self.shared.phase == "decode":
             factors = self._decide(number, out[:, -1], None, "decode")
         elif self.text is not None:
             self._image_output = out[:, -1]
@@ -63,8 +59,8 @@ class HeadPart:
             factors = self._decide(number, out[:, -1], None, "prefill")
         if factors is None:
             return out
-        if self.session.phase == "prefill":
-            self.session.run.head_factors[number] = factors
+        if self.shared.phase == "prefill":
+            self.shared.run.head_factors[number] = factors
         return out * factors[:, None, :, None].to(out.dtype)
 
     def _in_text_stream(self, number: int, out: Tensor) -> Tensor:
@@ -75,7 +71,7 @@ class HeadPart:
         return out * self._factors[:, None, :, None].to(out.dtype)
 
     def _decide(self, number: int, image_output: Tensor, text_output: Tensor | None, phase: str) -> Tensor | None:
-        prompt = self.session.prompt
+        prompt = self.shared.prompt
         has_image = torch.ones(image_output.shape[0], dtype=torch.bool, device=image_output.device)
         if prompt is not None:
             has_image = prompt.has_image
@@ -83,7 +79,7 @@ class HeadPart:
         for owner, stage in self.stages:
             if number not in stage.layers:
                 continue
-            memory = self.session.run.memory[owner]
+            memory = self.shared.run.memory[owner]
             view = HeadView(number, phase, image_output, text_output, has_image, memory)  # pyright: ignore[reportArgumentType]
             chosen = stage.scale(view)
             if chosen is not None:

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vislm.errors import UsageError
 from vislm.lmm.interventions import ImageView, Kept, Positions, PromptStage
+from vislm.lmm.state import PromptMap, SessionState
 from vislm.lmm.tokens import compact, gather_rows, number_images
-
-if TYPE_CHECKING:
-    from vislm.lmm.session import Session
-
-
-@dataclass
-class PromptMap:
-    """The prompt that the language model really sees. S columns of the caller's prompt, n of them left."""
-
-    length: int
-    """S."""
-    index: Tensor
-    """(B, n) columns that stayed."""
-    valid: Tensor | None
-    """(B, n) bool, False on padding that was added because rows lost different numbers; None if none was."""
-    image_of: Tensor
-    """(B, n) number of the image a column belongs to, -1 on text and padding."""
-    has_image: Tensor
-    """(B,) bool."""
-    shift: Tensor | None = None
-    """(B, 1) how much smaller position ids are than the caller counts, with contiguous positions."""
-    untouched: bool = True
-    """Whether the model sees the caller's columns as they are."""
-
-    @property
-    def removed(self) -> int:
-        """Columns by which every row became shorter."""
-        return self.length - self.index.shape[1]
 
 
 class PromptPart:
@@ -49,8 +22,10 @@ class PromptPart:
     the returned sequences still begin with the full prompt.
     """
 
-    def __init__(self, session: Session, stages: list[tuple[int, PromptStage]], drops: bool, positions: Positions):
-        self.session, self.stages, self.drops, self.positions = session, stages, drops, positions
+    def __init__(
+        self, shared: SessionState, stages: list[tuple[int, PromptStage]], drops: bool, positions: Positions
+    ) -> None:
+        self.shared, self.stages, self.drops, self.positions = shared, stages, drops, positions
 
     def prefill(self, kwargs: dict[str, Any]) -> PromptMap:
         """Shorten the prompt in ``kwargs`` of the model's forward, in place; return the map."""
@@ -58,11 +33,11 @@ class PromptPart:
         if ids is None:
             raise UsageError("pass input_ids, not inputs_embeds: the image placeholders cannot be seen in embeddings")
         if self.drops and kwargs.get("pixel_values") is not None:
-            self.session.adapter.encode(kwargs)
+            self.shared.adapter.encode(kwargs)
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         features = None if encoded is None else list(encoded.pooler_output)
-        self.session.run.features = features
-        is_image = ids == self.session.adapter.image_token_id
+        self.shared.run.features = features
+        is_image = ids == self.shared.adapter.image_token_id
         image_of = number_images(is_image, None if features is None else [len(f) for f in features])
         has_image = is_image.any(-1)
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -70,7 +45,7 @@ class PromptPart:
             return PromptMap(ids.shape[1], index, None, image_of, has_image)
 
         keeps = [self._select(n, f, image_of) for n, f in enumerate(features)]
-        self.session.run.keep_stage(Kept("prompt", [k.nonzero().flatten().tolist() for k in keeps]))
+        self.shared.run.keep_stage(Kept("prompt", [k.nonzero().flatten().tolist() for k in keeps]))
         keep = torch.ones_like(is_image)
         keep[is_image] = torch.cat(keeps).to(keep.device)
         if bool(keep.all()):
@@ -90,12 +65,12 @@ class PromptPart:
     def _select(self, number: int, features: Tensor, image_of: Tensor) -> Tensor:
         dropped = features.isnan().all(-1)  # the tower's verdict
         keep = ~dropped
-        candidates = keep & self.session.adapter.is_patch(features)
+        candidates = keep & self.shared.adapter.is_patch(features)
         if bool(dropped.any()):
             keep = candidates  # separators of a thinned grid separate nothing
         sample = int((image_of == number).any(-1).nonzero()[0])
         for owner, stage in self.stages:
-            view = ImageView(features, candidates, sample, number, self.session.run.memory[owner])
+            view = ImageView(features, candidates, sample, number, self.shared.run.memory[owner])
             chosen = stage.select(view)
             if not bool(chosen[candidates].all()):
                 keep = chosen & candidates
@@ -114,7 +89,7 @@ class PromptPart:
         if prompt.valid is not None:
             new_mask = new_mask * prompt.valid
             # padding must not look like an image placeholder
-            new_ids = new_ids.masked_fill(~prompt.valid & (new_ids == self.session.adapter.image_token_id), 0)
+            new_ids = new_ids.masked_fill(~prompt.valid & (new_ids == self.shared.adapter.image_token_id), 0)
         if self.positions == "contiguous":
             renumbered = (new_mask.cumsum(-1) - 1).clamp(min=0)
             prompt.shift = positions[:, -1:] - renumbered[:, -1:]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,8 +20,9 @@ from vislm.lmm.head_scaling import HeadPart
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import Intervention
 from vislm.lmm.plan import Plan, compile_plan
-from vislm.lmm.prompt import PromptMap, PromptPart
+from vislm.lmm.prompt import PromptPart
 from vislm.lmm.run import Run, clock
+from vislm.lmm.state import SessionState, valid_columns
 from vislm.lmm.tower import TowerPart, TowerState
 
 
@@ -32,28 +32,21 @@ class Session:
     def __init__(self, adapter: Adapter, interventions: Sequence[Intervention]) -> None:
         self.adapter = adapter
         self.plan: Plan = compile_plan(interventions, adapter)
-        self.last_run: Run | None = None
-        self.phase: Literal["prefill", "decode"] | None = None
-        self.prompt: PromptMap | None = None
-        self.prompt_mask: Tensor | None = None
-        self._pending: Run | None = None  # encoded images whose prompt has not come yet
+        self._state = SessionState(adapter)
         self._started = self._tower_started = 0.0
         self._hooks = Hooks()
         self._implementations: dict[str, str] = {}
-        self._tower = TowerPart(self, self.plan.tower) if self.plan.tower else None
-        self._prompt = PromptPart(self, self.plan.prompt, self.plan.drops_before_language, self.plan.positions)
-        self._decoder = DecoderPart(self, self.plan.language) if self.plan.language else None
-        self._heads = HeadPart(self, self.plan.heads) if self.plan.heads else None
+        self._tower = TowerPart(self._state, self.plan.tower) if self.plan.tower else None
+        self._prompt = PromptPart(self._state, self.plan.prompt, self.plan.drops_before_language, self.plan.positions)
+        self._decoder = DecoderPart(self._state, self.plan.language) if self.plan.language else None
+        self._heads = HeadPart(self._state, self.plan.heads) if self.plan.heads else None
         self._decoder_shape = DecoderShape.of(adapter.config.text_config)
         self._tower_shape = TowerShape.of(adapter.config, adapter.tower_prefix)
 
     @property
-    def run(self) -> Run:
-        """The run in progress."""
-        run = self._pending or self.last_run
-        if run is None:
-            run = self._pending = Run()
-        return run
+    def last_run(self) -> Run | None:
+        """What the last call did; None before the first."""
+        return self._state.last_run
 
     @property
     def tower_state(self) -> TowerState | None:
@@ -86,7 +79,7 @@ class Session:
         if self._implementations:
             self.adapter.model.set_attn_implementation(self._implementations)
             self._implementations = {}
-        self.phase, self.prompt, self.prompt_mask, self._pending = None, None, None, None
+        self._state.clear()
 
     def _select_attention(self) -> None:
         needed = {"vision_config": bool(self._tower), "text_config": self.plan.watches_language}
@@ -103,14 +96,14 @@ class Session:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.phase is None:  # else the model encodes its images itself, within the run that has begun
-            self._pending = Run()
+        if self._state.phase is None:  # else the model encodes its images itself, within the run that has begun
+            self._state.pending = Run()
         self._tower_started = clock(self.adapter.model.device)
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         elapsed = clock(self.adapter.model.device) - self._tower_started
-        self.run.seconds["tower"] += elapsed
-        if self.phase is not None:
+        self._state.run.seconds["tower"] += elapsed
+        if self._state.phase is not None:
             self._started += elapsed  # the tower ran inside the model's forward; prefill does not include it
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
@@ -120,53 +113,58 @@ class Session:
         if cached == 0:
             self._begin_prefill(kwargs, cache)
         else:
-            if self.prompt is None:
+            if self._state.prompt is None:
                 raise UsageError("the cache was filled before the interventions were attached; start with a new cache")
-            self.phase = "decode"
-            self._prompt.decode(kwargs, self.prompt, cached)
+            self._state.phase = "decode"
+            self._prompt.decode(kwargs, self._state.prompt, cached)
         self._started = clock(self.adapter.model.device)
         return (), kwargs
 
     def _begin_prefill(self, kwargs: dict[str, Any], cache: Any) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 4:  # made for a static cache; the last row sees all valid columns
-            last = mask[:, 0, -1, : ids.shape[1]] if ids is not None else mask[:, 0, -1]
-            mask = last if last.dtype == torch.bool else last >= 0
+        mask = valid_columns(mask, 0 if ids is None else ids.shape[1])
         if self.plan.watches_language and mask is not None and not bool(mask[:, -1].all()):
             raise UsageError("signals are taken at the last column: pad prompts on the left (padding_side='left')")
         if self._decoder:
             self._decoder.start(cache)
         if self._heads:
             self._heads.start(ids, mask)
-        if self._pending is None or kwargs.get("pixel_values") is not None:
-            self._pending = Run()
-        self.phase, self.prompt = "prefill", None
-        self.prompt = self._prompt.prefill(kwargs)
-        run = self.last_run = self.run
-        self._pending = None
-        self.prompt_mask = kwargs.get("attention_mask")
-        run.batch, run.prompt_tokens = self.prompt.index.shape[0], self.prompt.length
+        if self._state.pending is None or kwargs.get("pixel_values") is not None:
+            self._state.pending = Run()
+        self._state.phase, self._state.prompt = "prefill", None
+        self._state.prompt = self._prompt.prefill(kwargs)
+        run = self._state.last_run = self._state.run
+        self._state.pending = None
+        self._state.prompt_mask = kwargs.get("attention_mask")
+        run.batch, run.prompt_tokens = self._state.prompt.index.shape[0], self._state.prompt.length
         if run.features is not None:
             run.visual_tokens = [len(f) for f in run.features]
         elif ids is not None:
-            numbers = self.prompt.image_of[self.prompt.image_of >= 0]
+            numbers = self._state.prompt.image_of[self._state.prompt.image_of >= 0]
             run.visual_tokens = numbers.bincount().tolist()
         if self.tower_state:
             run.tower_tokens = self.tower_state.lengths
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        run, phase, self.phase = self.last_run, self.phase, None
+        run, phase, self._state.phase = self._state.last_run, self._state.phase, None
         if run is None or phase is None or output is None:
             return
         run.seconds[phase] += clock(self.adapter.model.device) - self._started
-        layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-        lengths = [layer.keys.shape[-2] for layer in layers if getattr(layer, "keys", None) is not None]
         if phase == "prefill":
-            run.layer_tokens = lengths or [self.prompt.index.shape[1] if self.prompt else 0] * len(self.adapter.layers)
+            run.layer_tokens = self._columns()
             self._count(run)
         else:
             run.new_tokens += 1
-        run.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers[: len(lengths)])
+        layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+        filled = [layer for layer in layers if getattr(layer, "keys", None) is not None]
+        run.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+
+    def _columns(self) -> list[int]:
+        """Return how many prompt columns each decoder layer has processed."""
+        prompt, depth = self._state.prompt, len(self.adapter.layers)
+        assert prompt is not None
+        segments = self._decoder.segments if self._decoder else [None] * depth
+        return [prompt.index.shape[1] if s is None else s.index.shape[1] for s in segments]
 
     def _count(self, run: Run) -> None:
         images = len(run.visual_tokens)
@@ -181,16 +179,11 @@ class Session:
         }
 
     def _attention(self, number: int, call: AttentionCall, out: Tensor) -> Tensor:
-        if self.phase is None:
+        if self._state.phase is None:
             return out
-        if self._decoder and self.phase == "prefill" and not (self._heads and self._heads.in_text_stream):
+        if self._decoder and self._state.phase == "prefill" and not (self._heads and self._heads.in_text_stream):
             self._decoder.observe(number, call)
         return self._heads.apply(number, call, out) if self._heads else out
-
-    @staticmethod
-    def first_layer_keys(cache: Any) -> int:
-        """Return how many keys decoder layer 0 holds now."""
-        return cache.layers[0].keys.shape[-2]
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()

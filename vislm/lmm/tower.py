@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import TowerStage, TowerView
+from vislm.lmm.state import SessionState
 from vislm.lmm.tokens import compact, gather_rows
-
-if TYPE_CHECKING:
-    from vislm.lmm.session import Session
 
 
 @dataclass
@@ -40,14 +38,14 @@ class TowerPart:
     The prompt part removes those rows; should anything else read one, it fails loudly.
     """
 
-    def __init__(self, session: Session, stages: dict[int, tuple[int, TowerStage]]) -> None:
-        self.session, self.stages = session, stages
-        self.prefix = session.adapter.tower_prefix
+    def __init__(self, shared: SessionState, stages: dict[int, tuple[int, TowerStage]]) -> None:
+        self.shared, self.stages = shared, stages
+        self.prefix = shared.adapter.tower_prefix
         self.state: TowerState | None = None
 
     def install(self, hooks: Hooks) -> None:
         """Add the hooks and watch the attention of the layers whose signals are needed."""
-        adapter = self.session.adapter
+        adapter = self.shared.adapter
         layers = adapter.tower_layers
         hooks.before(adapter.tower, self._start)
         for number, layer in enumerate(layers):
@@ -87,7 +85,7 @@ class TowerPart:
         if layer not in self.stages:
             return None
         owner, stage = self.stages[layer]
-        memory = self.session.run.memory[owner]
+        memory = self.shared.run.memory[owner]
         view = TowerView(state.signal, layer, state.valid, state.num_patches, memory)
         keep = stage.select(view)
         if keep is None or bool(keep.all()):

@@ -1,0 +1,77 @@
+"""What the parts of a session share while a model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vislm.lmm.adapters import Adapter
+from vislm.lmm.run import Run
+
+
+@dataclass
+class PromptMap:
+    """The prompt that the language model really sees. S columns of the caller's prompt, n of them left."""
+
+    length: int
+    """S."""
+    index: Tensor
+    """(B, n) columns that stayed."""
+    valid: Tensor | None
+    """(B, n) bool, False on padding that was added because rows lost different numbers; None if none was."""
+    image_of: Tensor
+    """(B, n) number of the image a column belongs to, -1 on text and padding."""
+    has_image: Tensor
+    """(B,) bool."""
+    shift: Tensor | None = None
+    """(B, 1) how much smaller position ids are than the caller counts, with contiguous positions."""
+    untouched: bool = True
+    """Whether the model sees the caller's columns as they are."""
+
+    @property
+    def removed(self) -> int:
+        """Columns by which every row became shorter."""
+        return self.length - self.index.shape[1]
+
+
+@dataclass
+class SessionState:
+    """Where a session stands: the phase of the forward in progress, its prompt, and the record that it fills."""
+
+    adapter: Adapter
+    phase: Literal["prefill", "decode"] | None = None
+    """None outside the model's forward."""
+    prompt: PromptMap | None = None
+    prompt_mask: Tensor | None = None
+    """(B, n) the caller's mask of the prompt's columns; None without padding."""
+    pending: Run | None = None
+    """Encoded images whose prompt has not come yet."""
+    last_run: Run | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run in progress."""
+        run = self.pending or self.last_run
+        if run is None:
+            run = self.pending = Run()
+        return run
+
+    def clear(self) -> None:
+        """Forget everything but the last run's record."""
+        self.phase, self.prompt, self.prompt_mask, self.pending = None, None, None, None
+
+
+def first_layer_keys(cache: Any) -> int:
+    """Return how many keys decoder layer 0 holds now."""
+    return cache.layers[0].keys.shape[-2]
+
+
+def valid_columns(mask: Tensor | None, columns: int) -> Tensor | None:
+    """Return which prompt columns are no padding, from the 2-D or 4-D mask of a prefill; None if there is none."""
+    if mask is None or mask.dim() == 2:
+        return mask
+    last = mask[:, 0, -1, :columns]  # made for a static cache; the last row sees all valid columns
+    return last if last.dtype == torch.bool else last >= 0
