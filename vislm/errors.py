@@ -47,6 +47,10 @@ class CheckpointError(VislmError, RuntimeError):
     """Weights or a checkpoint folder that cannot be loaded."""
 
 
+class TrainingError(VislmError, RuntimeError):
+    """A training that cannot go on: a loss that is not finite, or a model that fails its check."""
+
+
 class BackendUnavailable(VislmError, RuntimeError):
     """A kernel backend that cannot run the request, with the reason."""
 

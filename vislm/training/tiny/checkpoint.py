@@ -16,7 +16,7 @@ from vislm.errors import CheckpointError
 from vislm.files import atomic_write
 
 if TYPE_CHECKING:
-    from vislm.training.tiny.train import Trainer
+    from vislm.training.tiny.trainer import Trainer
 
 NAME = "checkpoint.safetensors"
 

@@ -18,7 +18,7 @@ from vislm.training.tiny.samples import Weighted, all_presence
 from vislm.training.tiny.vocabulary import IDS
 
 if TYPE_CHECKING:
-    from vislm.training.tiny.train import Trainer
+    from vislm.training.tiny.trainer import Trainer
 
 SCENES, SEED = 160, 777001
 
