@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vislm.errors import CheckpointError
+from vislm.errors import CheckpointError, TrainingError
 from vislm.training.tiny import checkpoint, development, train
 from vislm.training.tiny.development import auroc
 from vislm.training.tiny.stages import RECIPE, Stage, recipe
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> No
     with torch.no_grad():
         bias[0] = float("nan")
     weight = trainer.model.model.multi_modal_projector.linear_2.weight.clone()
-    with pytest.raises(ValueError, match="A0 step 0"):
+    with pytest.raises(TrainingError, match="A0 step 0"):
         trainer.train_step()
     assert torch.equal(trainer.model.model.multi_modal_projector.linear_2.weight, weight)
 
