@@ -1,7 +1,7 @@
 """Print the torch and torchvision releases to install together on this machine.
 
-A torchvision that was built for another torch fails to import, so both are pinned as a pair that was tested. torch has
-no CUDA wheels for 64-bit Arm in the newest pair's resolution here, so Arm gets an older CPU pair.
+A torchvision that was built for another torch fails to import, so both are pinned as a pair that is known to work: the
+newest one on x86-64, an older CPU build elsewhere.
 """
 
 import platform
