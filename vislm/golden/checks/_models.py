@@ -40,7 +40,7 @@ def llama(
 
     Token i of the vocabulary embeds as ``text_embeddings[i]`` (V, C); the image placeholder is the last token.
     """
-    rows, side = len(text_embeddings), math.ceil(visual_tokens**0.5)
+    rows, side = len(text_embeddings), 2 * math.ceil(visual_tokens**0.5)  # room for any budget
     text = LlamaConfig(
         **{n: kwargs[n] for n in (*TEXT_KEYS, "rms_norm_eps", "hidden_act", "head_dim") if n in kwargs},
         rope_parameters={"rope_type": "default", "rope_theta": kwargs.get("rope_theta", 10000.0)},
@@ -108,6 +108,8 @@ class Prefill:
     run: Run
     signals: list[Any]
     kv_lengths: list[int]
+    kept: list[int]
+    """Visual tokens left at the end."""
 
 
 def prefill_llama(fixture: Fixture, start: int, count: int, method: Intervention) -> Prefill:
@@ -123,4 +125,5 @@ def prefill_llama(fixture: Fixture, start: int, count: int, method: Intervention
         out = model(input_ids=ids, mm_encoder_outputs=images, use_cache=True, output_hidden_states=True)
         run = session.last_run
     assert run is not None
-    return Prefill(out.hidden_states, run, recorded.signals, run.layer_tokens)
+    kept = run.stages[-1].index[0] if run.stages else list(range(count))
+    return Prefill(out.hidden_states, run, recorded.signals, run.layer_tokens, kept)

@@ -17,7 +17,7 @@ def check(fixture: Fixture) -> Iterator[Comparison]:
     start, count = options["sys_length"], options["image_token_length"]
     method = FastV(keep=options["attention_rank"], layer=options["agg_layer"])
     prefill = prefill_llama(fixture, start, count, method)
-    kept = torch.tensor(prefill.run.stages[-1].index[0])
+    kept = torch.tensor(prefill.kept)
     yield exact("keep_indices", kept, fixture.outputs["keep_indices"])
     if "attention_rank_layer_last_row" in fixture.outputs:
         yield relative("last row", prefill.signals[0][0], fixture.outputs["attention_rank_layer_last_row"], 1e-5, 1e-4)

@@ -68,12 +68,12 @@ def _tower(fixture: Fixture) -> Iterator[Comparison]:
     with torch.no_grad(), attach(model, recorded) as session:
         tower = model.model.vision_tower(fixture.inputs["pixel_values"], output_hidden_states=True)
         state = session.tower_state
-    assert state is not None
-    yield exact("keep_indices", state.index, out["keep_indices"])
-    if "tokens_after_layer" in out:
-        after = [*state.lengths[1:], state.lengths[-1]]
-        yield exact("tokens_after_layer", after, out["tokens_after_layer"])
-    if "cls_attention_layer0" in out:
+    if state is not None:  # else the target is the whole grid and nothing is dropped
+        yield exact("keep_indices", state.index, out["keep_indices"])
+        if "tokens_after_layer" in out:
+            after = [*state.lengths[1:], state.lengths[-1]]
+            yield exact("tokens_after_layer", after, out["tokens_after_layer"])
+    if "cls_attention_layer0" in out and recorded.signals:
         yield difference("cls_attention_layer0", recorded.signals[0].attention, out["cls_attention_layer0"], 1e-5)
     yield relative("features", tower.hidden_states[-2][:, 1:], out["features"], 1e-3, 1e-4)
 
@@ -83,7 +83,7 @@ def _language(fixture: Fixture) -> Iterator[Comparison]:
     layer = options["prune_layer"]
     method = FlowCut(keep=options["target_num"], where="language", layer=layer)
     prefill = prefill_llama(fixture, options["visual_token_pos"], options["visual_token_num"], method)
-    yield exact("keep_indices", prefill.run.stages[-1].index, out["keep_indices"])
+    yield exact("keep_indices", [prefill.kept], out["keep_indices"])
     yield exact("kv_lengths", prefill.kv_lengths, out["kv_lengths"])
     yield relative("last_hidden_state", prefill.hidden_states[-1], out["last_hidden_state"], 1e-3, 1e-4)
 
@@ -97,8 +97,8 @@ def _qwen_tower(fixture: Fixture) -> Iterator[Comparison]:
     config._attn_implementation = NAME
     tower = Qwen2VisionTransformerPretrainedModel(config).eval()
     tower.load_state_dict(fixture.params)
-    method = FlowCut(keep=options["vit_target_patches"])
-    stages = method.tower_stages(config.depth, options["vit_target_patches"], flowcut.mean_query_flow)
+    target = options.get("vit_target_patches", 8 * options["target_num"])
+    stages = FlowCut(keep=target).tower_stages(config.depth, target, flowcut.mean_query_flow)
     part, hooks = PackedTowerPart(tower, {s.after_layer: s for s in stages}), Hooks()
     part.install(hooks)
     try:

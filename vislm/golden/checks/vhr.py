@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def _generate(fixture: Fixture, stream: str, depth: range) -> tuple[Tensor, Tens
     placeholder = torch.full((len(inputs["image_embeds"]),), len(table))
     ids = torch.cat([inputs["ids_before_image"], placeholder, inputs["ids_after_image"]]).unsqueeze(0)
     images = {"image": BaseModelOutputWithPooling(pooler_output=[inputs["image_embeds"]])}  # pyright: ignore[reportArgumentType]
-    method = VHR(alpha=options["alpha"], layers=tuple(options["layers"]), text_stream=stream, std=options["std"])  # pyright: ignore[reportArgumentType]
+    choices: dict[str, Any] = {"text_stream": stream, "std": options.get("std", "sample")}
+    method = VHR(alpha=options["alpha"], layers=tuple(options["layers"]), **choices)
     model.generation_config.eos_token_id = None
     with torch.no_grad(), attach(model, method) as session:
         generated = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
