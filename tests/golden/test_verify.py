@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 @pytest.mark.parametrize("method", sorted(p.name for p in FOLDER.iterdir() if p.is_dir() and p.name != "__pycache__"))
 def test_fixtures_pass(method) -> None:
     verdicts = list(verify_folder(FOLDER / method))
-    assert [v for v in verdicts if v.status != "pass" and "needs" not in v.reason] == []
+    assert [v for v in verdicts if v.status != "pass"] == []
     assert any(v.status == "pass" for v in verdicts)
 
 
@@ -38,7 +38,7 @@ def test_any_changed_output_is_noticed(case, tmp_path) -> None:
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    ignored = ("cumulative_score", "hidden_after", "plain_prefill", "sq_norm")
+    ignored = ("hidden_after", "plain_prefill", "sq_norm")
     for name in [k for k in tensors if k.startswith("out.") and not any(i in k for i in ignored)]:
         wrong = dict(tensors)
         value = tensors[name].clone()

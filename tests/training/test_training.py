@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from vislm.errors import CheckpointError, TrainingError
 from vislm.training.tiny import checkpoint, development, train
-from vislm.training.tiny.development import auroc
 from vislm.training.tiny.stages import RECIPE, Stage, recipe
 
 SHORT = tuple(replace(s, steps=2, batch=2, warmup=1, mixture=replace(s.mixture, easy_vqa=0.0)) for s in RECIPE)
@@ -185,10 +184,3 @@ def test_recipes_scale_and_have_their_own_streams() -> None:
     seeds = [{s.stream for s in recipe(seed)} for seed in range(3)]
     assert not seeds[0] & seeds[1]
     assert not seeds[1] & seeds[2]
-
-
-def test_auroc() -> None:
-    truth = torch.tensor([True, True, False, False])
-    assert auroc(torch.tensor([3.0, 2.0, 1.0, 0.0]), truth) == 1.0
-    assert auroc(torch.tensor([3.0, 0.0, 1.0, 2.0]), truth) == 0.5
-    assert auroc(torch.tensor([0.0, 1.0, 2.0, 3.0]), truth) == 0.0

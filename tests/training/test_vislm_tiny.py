@@ -119,7 +119,7 @@ def test_the_model_is_grounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.82 < figures["adversarial_accuracy"] < 0.95
     assert figures["colour"] > 0.92
     assert figures["position"] > 0.90
-    assert figures["count"] > 0.65  # of present categories only: zero is never the answer
+    assert figures["count"] > 0.70  # of present categories only: zero is never the answer
 
 
 def test_a_grey_picture_shows_nothing(model: Any, processor: Any) -> None:

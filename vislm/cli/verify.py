@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from vislm.golden import Verdict
 
 
 def verify(
@@ -35,7 +38,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _as_dict(verdict) -> dict:
+def _as_dict(verdict: Verdict) -> dict[str, Any]:
     error = verdict.max_error if verdict.comparisons else None
     return {
         "method": verdict.method,

@@ -31,6 +31,13 @@ class Comparison:
         return self.error <= self.tolerance
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A part of a fixture that could not be compared, for want of data outside the fixture."""
+
+    name: str
+
+
 @dataclass
 class Fixture:
     """One golden file."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from vislm.errors import AnnotationError, UsageError
 from vislm.golden import checks
-from vislm.golden.fixtures import Comparison, Fixture, Unhandled, read_fixture
+from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, read_fixture
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,19 @@ def _verify(path: Path, case: str, data_dirs: list[Path]) -> Verdict:
 def _run(fixture: Fixture, case: str) -> Verdict:
     check = import_module(f"{checks.__name__}.{fixture.method}").check
     try:
-        comparisons = list(check(fixture))
+        outcomes = list(check(fixture))
     except Unhandled as reason:
         return Verdict(fixture.method, case, "unknown", reason=str(reason))
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         if os.environ.get("VISLM_DEBUG"):
             raise
         return Verdict(fixture.method, case, "fail", reason=f"{type(error).__name__}: {error}")
+    comparisons = [c for c in outcomes if isinstance(c, Comparison)]
+    skipped = [c.name for c in outcomes if isinstance(c, Skipped)]
     if not comparisons:
         return Verdict(fixture.method, case, "unknown", reason="the check compared nothing")
     worst = [c for c in comparisons if not c.passed]
     reason = "; ".join(f"{c.name}: error {c.error:.3g} > {c.tolerance:g}" for c in worst[:3])
+    if skipped:
+        reason = "; ".join(filter(None, [reason, f"not compared: {', '.join(skipped)}"]))
     return Verdict(fixture.method, case, "fail" if worst else "pass", comparisons, reason)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +14,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from vislm.golden.checks._models import Recorded, clip_tower, prefill_llama
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, difference, exact, relative
+from vislm.lmm.adapters import Adapter
 from vislm.lmm.attention import NAME
 from vislm.lmm.hooks import Hooks
+from vislm.lmm.interventions import Intervention, TowerStage, TowerView
 from vislm.lmm.packed_tower import PackedTowerPart
 from vislm.lmm.session import attach
 from vislm.token_pruning import flowcut
@@ -65,7 +70,8 @@ def _qwen_scores(fixture: Fixture) -> Iterator[Comparison]:
 def _tower(fixture: Fixture) -> Iterator[Comparison]:
     model, out = clip_tower(fixture.params, fixture.kwargs), fixture.outputs
     recorded = Recorded(FlowCut(keep=fixture.kwargs["target_num_patches"], where="tower", shared_count=True))
-    with torch.no_grad(), attach(model, recorded) as session:
+    scores: dict[int, Tensor] = {}
+    with torch.no_grad(), attach(model, Scores(recorded, scores)) as session:
         tower = model.model.vision_tower(fixture.inputs["pixel_values"], output_hidden_states=True)
         state = session.tower_state
     if state is not None:  # else the target is the whole grid and nothing is dropped
@@ -73,9 +79,43 @@ def _tower(fixture: Fixture) -> Iterator[Comparison]:
         if "tokens_after_layer" in out:
             after = [*state.lengths[1:], state.lengths[-1]]
             yield exact("tokens_after_layer", after, out["tokens_after_layer"])
+    for layer, score in scores.items():
+        name = f"cumulative_score_after_layer{layer}"
+        if name in out:
+            yield relative(name, score, out[name], 1e-3, 1e-4)
     if "cls_attention_layer0" in out and recorded.signals:
         yield difference("cls_attention_layer0", recorded.signals[0].attention, out["cls_attention_layer0"], 1e-5)
     yield relative("features", tower.hidden_states[-2][:, 1:], out["features"], 1e-3, 1e-4)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A tower method whose smoothed scores, gathered after each layer's pruning, are kept by layer."""
+
+    method: Intervention
+    seen: dict[int, Tensor]
+
+    @property
+    def name(self) -> str:
+        """The method's own name."""
+        return self.method.name
+
+    def plan(self, adapter: Adapter) -> Sequence[Any]:
+        """Return the method's tower stages; each notes what it prunes and what its predecessor left."""
+        return [
+            replace(stage, select=partial(self._select, stage), kept=partial(self._kept, stage))
+            for stage in self.method.plan(adapter)
+            if isinstance(stage, TowerStage)
+        ]
+
+    def _kept(self, stage: TowerStage, memory: dict[str, Any], index: Tensor) -> None:
+        stage.kept(memory, index)
+        self.seen[stage.after_layer] = memory["score"].clone()
+
+    def _select(self, stage: TowerStage, view: TowerView) -> Tensor | None:
+        if "score" in view.memory:
+            self.seen[view.layer - 1] = view.memory["score"].clone()
+        return stage.select(view)
 
 
 def _language(fixture: Fixture) -> Iterator[Comparison]:

@@ -12,6 +12,7 @@ from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scene_types import Scene
 from vislm.data.scenes import co_occurrence, generate_scenes
 from vislm.data.turns import colour_turn, count_turn, position_turn, singletons
+from vislm.eval.pope_answers import auroc
 from vislm.training.tiny.packing import pack, packed_logits
 from vislm.training.tiny.pixels import to_pixels
 from vislm.training.tiny.samples import Weighted, all_presence
@@ -37,13 +38,13 @@ class Development:
     def measure(self, trainer: Trainer) -> dict[str, float]:
         """Return AUROC and accuracies (fractions)."""
         labels, margins = self._presence(trainer, self.flat)
-        flat = auroc(margins.flatten(), labels.flatten())
+        flat = auroc(labels.flatten().tolist(), margins.flatten().tolist())
         labels, margins = self._presence(trainer, self.biased)
         chosen = torch.tensor(np.stack([self._adversarial(scene) for scene in self.biased]))
         y, m = labels[chosen], margins[chosen]
         result = {
             "flat_auroc": flat,
-            "adversarial_auroc": auroc(m, y),
+            "adversarial_auroc": auroc(y.tolist(), m.tolist()),
             "adversarial_accuracy": ((m > 0) == y).float().mean().item(),
             "yes_share": (m > 0).float().mean().item(),
         }
@@ -75,12 +76,3 @@ class Development:
         content = packed.turn[:, 1] < (2 if make is position_turn else 1)
         wrong = {tuple(k) for k in torch.cat([packed.where[:, :1], packed.turn[:, :1]], 1)[content & ~right].tolist()}
         return 1.0 - len(wrong) / sum(len(names(s)) for s in scenes)
-
-
-def auroc(scores: Tensor, positive: Tensor) -> float:
-    """Return the probability that a positive scores above a negative (ties count half)."""
-    order = scores.double().argsort()
-    ranks = torch.empty_like(scores, dtype=torch.float64)
-    ranks[order] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
-    p = int(positive.sum())
-    return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * (len(scores) - p))).item()
