@@ -1,44 +1,26 @@
-"""The session against the untouched model: neutral plans, drop = mask, batches, caches, restoration."""
+"""The session against the untouched model: neutral plans, drop = mask, batches, caches, precision."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import models
 import pytest
 import torch
 from models import IMAGE_TOKEN, PATCHES
+from running import (
+    FAMILIES,
+    GENERATE,
+    METHODS,
+    KeepGiven,
+    families,
+    generate,
+    implementations,
+    mixed_batch,
+    one_image,
+)
 from torch import Tensor
 
 from vislm import VHR, FastV, FlowCut, RandomPruning, attach
-from vislm.errors import PlanConflict, UsageError
-from vislm.lmm.adapters import adapter_for
 from vislm.lmm.cost import DecoderShape
-
-GENERATE = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6}
-
-
-def generate(model, inputs, *interventions, **options):
-    with attach(model, *interventions) as session:
-        out = model.generate(**inputs, **{**GENERATE, **options})
-    return torch.stack(out.logits), out, session.last_run
-
-
-def one_image(family: str, seed: int = 0, words: tuple[int, ...] = (7, 8, 9), dtype=torch.float32):
-    """A prompt with one image; for LLaVA-NeXT one of 64 x 48 pixels: 2 x 2 tiles, unpadded, with newlines."""
-    if family == "llava":
-        return {"input_ids": models.prompt(*words), "pixel_values": models.pixels(1, seed, dtype)}
-    tiles = torch.randn(1, 5, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    tokens = 16 + 8 * (6 + 1)  # base view; 8 rows of 6 patches and a newline
-    return {
-        "input_ids": models.prompt(*words, tokens=tokens),
-        "pixel_values": tiles,
-        "image_sizes": torch.tensor([[64, 48]]),
-    }
-
-
-FAMILIES = {"llava": models.llava, "llava_next": models.llava_next}
-families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @families
@@ -63,25 +45,6 @@ def test_keeping_everything_is_bit_identical(family, neutral) -> None:
         assert torch.equal(ours.keys, theirs.keys)
         assert torch.equal(ours.values, theirs.values)
     assert run.visual_tokens_kept == run.visual_tokens
-
-
-@dataclass(frozen=True)
-class KeepGiven:
-    """Keeps chosen tokens of every image before the language model."""
-
-    keep: tuple[int, ...]
-    positions: str = "original"
-    name = "given"
-
-    def plan(self, adapter):
-        from vislm.lmm.interventions import PromptStage
-
-        return [PromptStage(self.select, self.positions)]
-
-    def select(self, view) -> Tensor:
-        chosen = torch.zeros_like(view.candidates)
-        chosen[list(self.keep)] = True
-        return chosen
 
 
 def masked_reference(model, inputs, hidden: list[int], steps: int, from_layer: int = 0) -> Tensor:
@@ -152,30 +115,6 @@ def test_contiguous_positions_differ_and_follow_the_short_prompt() -> None:
     assert (original - logits).abs().max() > 1e-2
 
 
-METHODS = {
-    "nothing": (),
-    "random": (RandomPruning(keep=5),),
-    "flowcut": (FlowCut(keep=5, tower_keep=6),),
-    "flowcut-both": (FlowCut(keep=5, where="both", tower_keep=8),),
-    "fastv": (FastV(keep=5),),
-    "fastv-contiguous": (FastV(keep=5, positions="contiguous"),),
-    "vhr": (VHR(alpha=2.0),),
-    "flowcut+vhr": (FlowCut(keep=5, tower_keep=6), VHR(alpha=2.0)),
-    "flowcut+fastv+vhr": (FlowCut(keep=8, where="tower"), FastV(keep=4), VHR(alpha=2.0, text_stream="image_only")),
-}
-
-
-def mixed_batch():
-    """Left padding; one image, two images, none."""
-    prompts = [models.prompt(7, 8, 9), models.prompt(7, images=2), torch.tensor([[1, 5, 6, 9, 10, 11]])]
-    images = [models.pixels(1, 0), models.pixels(2, 1), None]
-    batch = {**models.left_pad(*prompts), "pixel_values": torch.cat([i for i in images if i is not None])}
-    singles = [
-        {"input_ids": p, **({} if i is None else {"pixel_values": i})} for p, i in zip(prompts, images, strict=True)
-    ]
-    return batch, singles
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_equals_singles(method) -> None:
     model = models.llava()
@@ -234,42 +173,6 @@ def test_scoring_without_cache_equals_cached_scoring(family, method) -> None:
     torch.testing.assert_close(generated[0], cached, atol=1e-5, rtol=0)
 
 
-def hook_count(model) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def implementations(model) -> tuple[str, str]:
-    return model.config.text_config._attn_implementation, model.config.vision_config._attn_implementation
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_everything_is_restored_after_an_exception(method) -> None:
-    model, inputs = models.llava(), one_image("llava")
-    plain = torch.stack(model.generate(**inputs, **GENERATE).logits)
-    hooks = hook_count(model)
-
-    def fail(module, args):
-        raise KeyboardInterrupt
-
-    handle = model.model.language_model.layers[3].register_forward_pre_hook(fail)
-    with pytest.raises(KeyboardInterrupt), attach(model, *METHODS[method]):
-        model.generate(**inputs, **GENERATE)
-    handle.remove()
-    assert hook_count(model) == hooks
-    assert implementations(model) == ("sdpa", "sdpa")
-    assert torch.equal(torch.stack(model.generate(**inputs, **GENERATE).logits), plain)
-
-
-def test_a_failed_call_does_not_spoil_the_next_one_inside_the_context() -> None:
-    model, inputs = models.llava(), one_image("llava")
-    expected, _, _ = generate(model, inputs, *METHODS["flowcut+fastv+vhr"])
-    with attach(model, *METHODS["flowcut+fastv+vhr"]):
-        with pytest.raises(ValueError, match="image"):
-            model.generate(input_ids=models.prompt(7, tokens=3), pixel_values=inputs["pixel_values"], **GENERATE)
-        again = torch.stack(model.generate(**inputs, **GENERATE).logits)
-    assert torch.equal(again, expected)
-
-
 def test_contexts_nest_and_two_models_do_not_mix() -> None:
     first, second, inputs = models.llava(0), models.llava(1), one_image("llava")
     alone, _, _ = generate(first, inputs, *METHODS["flowcut+vhr"])
@@ -320,42 +223,6 @@ def test_the_attention_matrix_is_never_built() -> None:
     assert largest.numel < 4 * 400 * 400
 
 
-def test_conflicts_name_both_owners() -> None:
-    model = models.llava()
-    with (
-        pytest.raises(PlanConflict, match="random and given both prune the prompt"),
-        attach(model, RandomPruning(keep=4), KeepGiven((0,))),
-    ):
-        pass
-    with pytest.raises(PlanConflict, match=r"fastv.* layer"), attach(model, FastV(layer=9)):
-        pass
-    with pytest.raises(PlanConflict, match="vhr was given twice"), attach(model, VHR(), VHR(alpha=3.0)):
-        pass
-    with (
-        pytest.raises(PlanConflict, match=r"given wants original positions and flowcut contiguous"),
-        attach(model, FlowCut(keep=4), KeepGiven((0,))),
-    ):
-        pass
-    with pytest.raises(PlanConflict, match=r"layers \[7\]"), attach(model, VHR(layers=(7,))):
-        pass
-    assert hook_count(model) == hook_count(models.llava())
-
-
-@pytest.mark.parametrize("keep", [0, -3, 1.5, 0.0, True, PATCHES + 1, "many"])
-@pytest.mark.parametrize("method", [RandomPruning, FlowCut, FastV])
-def test_impossible_budgets_are_refused(method, keep) -> None:
-    with pytest.raises(UsageError, match="keep="), attach(models.llava(), method(keep=keep)):
-        pass
-
-
-def test_static_cache_is_refused_with_a_remedy() -> None:
-    model, inputs = models.llava(), one_image("llava")
-    for method in ("random", "fastv"):
-        with pytest.raises(UsageError, match="dynamic cache"):
-            generate(model, inputs, *METHODS[method], cache_implementation="static")
-    generate(model, inputs, VHR(), cache_implementation="static")
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_static_cache_with_head_scaling_equals_dynamic(padded) -> None:
     model = models.llava()
@@ -380,39 +247,6 @@ def test_a_second_turn_on_a_kept_cache_keeps_the_heads_of_the_first() -> None:
         if methods == (FastV(keep=5),):  # the last prompt token, and so the ranking, differs; lengths do not
             lengths = [[c.keys.shape[-2] for c in out.past_key_values.layers] for out in (second, whole)]
             assert lengths[0] == lengths[1]
-
-
-@pytest.mark.parametrize("method", ["random", "flowcut"])
-def test_continuing_a_pruned_cache_is_refused(method) -> None:
-    model, inputs = models.llava(), one_image("llava")
-    with attach(model, *METHODS[method]):
-        out = model.generate(**inputs, **GENERATE)
-        longer = torch.cat([out.sequences, torch.tensor([[7, 8]])], 1)
-        with pytest.raises(UsageError, match="whole conversation"):
-            model.generate(input_ids=longer, past_key_values=out.past_key_values, **GENERATE)
-
-
-def test_right_padding_is_refused_where_the_last_column_matters() -> None:
-    model = models.llava()
-    inputs = one_image("llava")
-    ids = torch.cat([inputs["input_ids"], torch.zeros(1, 2, dtype=torch.long)], 1)
-    mask = torch.cat([torch.ones_like(inputs["input_ids"]), torch.zeros(1, 2, dtype=torch.long)], 1)
-    with pytest.raises(UsageError, match="left"), torch.no_grad(), attach(model, VHR()):
-        model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"])
-
-
-def test_models_without_images_or_adapter_are_refused() -> None:
-    from transformers import LlamaForCausalLM
-
-    _, text = models.configs()
-    with pytest.raises(UsageError, match="without images"):
-        adapter_for(LlamaForCausalLM(text))
-    with pytest.raises(UsageError, match="not an intervention"), attach(models.llava(), FlowCut):  # type: ignore[arg-type]
-        pass
-    eager = models.llava()
-    eager.set_attn_implementation("eager")
-    with pytest.raises(UsageError, match="attn_implementation='sdpa'"), attach(eager, VHR()):
-        pass
 
 
 def test_a_sampled_placeholder_is_not_an_image() -> None:
