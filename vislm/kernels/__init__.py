@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 from vislm.kernels.backends import BACKENDS, Explanation
+from vislm.kernels.bias import AxialBias, Bias, DecoupledBias, HeadwiseBias, LowRankBias, RelativeBias
 from vislm.kernels.merging import merge
+from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.operator import Attended, attend, attention_statistics, explain
-from vislm.kernels.patterns import Causal, Dense, Masked, Padded, Pattern
+from vislm.kernels.patterns import (
+    Blocked,
+    Causal,
+    Dense,
+    GridPattern,
+    Masked,
+    Neighborhood,
+    Padded,
+    Pattern,
+    Window,
+)
 from vislm.kernels.shapes import Shape
 from vislm.kernels.statistics import Statistics, StatisticsRequest
 
 __all__ = [
     "BACKENDS",
     "Attended",
+    "AxialBias",
+    "Bias",
+    "Blocked",
     "Causal",
+    "DecoupledBias",
     "Dense",
     "Explanation",
+    "GridPattern",
+    "HeadwiseBias",
+    "LowRankBias",
     "Masked",
+    "Neighborhood",
     "Padded",
     "Pattern",
+    "RelativeBias",
     "Shape",
+    "Sigmoid",
     "Statistics",
     "StatisticsRequest",
+    "Window",
     "attend",
     "attention_statistics",
     "explain",

@@ -8,13 +8,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from vislm.errors import UnknownName, UsageError
+from vislm.errors import UsageError
+from vislm.kernels.bias import Bias
+from vislm.kernels.bias_checks import checked_bias
+from vislm.kernels.normalization import Sigmoid, checked_normalization
 from vislm.kernels.patterns import PATTERNS, Pattern
 from vislm.kernels.request import AttentionRequest, CheckedStatistics
-from vislm.kernels.shapes import Shape, check_bool, check_broadcast, check_floating, four_axes
+from vislm.kernels.shapes import Shape, check_bool, check_floating, four_axes
 from vislm.kernels.statistics import StatisticsRequest
 
-NORMALIZATIONS = ("softmax",)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -24,28 +26,30 @@ def checked_request(
     value: Tensor | None,
     *,
     pattern: Pattern,
-    bias: Tensor | None,
+    bias: Bias | None,
     scale: float | None,
-    normalize: str,
+    normalize: str | Sigmoid,
     statistics: StatisticsRequest | None,
     key_logits: Tensor | None,
 ) -> AttentionRequest:
     """Return the validated call; raise ``UsageError`` that says what was given, expected and what to do."""
     named = {"query": query, "key": key} | ({} if value is None else {"value": value})
     _check_heads_first(named)
-    if normalize not in NORMALIZATIONS:
-        raise UnknownName("normalization", str(normalize), NORMALIZATIONS)
     shape = Shape(query.shape[0], query.shape[1], query.shape[2], key.shape[2], query.device)
+    pattern = _fitted(pattern, shape)
+    normalization = checked_normalization(normalize, key.shape[2])
     return AttentionRequest(
         query=query,
         key=key,
         value=value,
-        pattern=_fitted(pattern, shape),
-        bias=_checked_bias(bias, shape),
+        pattern=pattern,
+        bias=checked_bias(bias, pattern, shape, query.shape[-1]),
         key_logits=_checked_key_logits(key_logits, shape),
         scale=_checked_scale(scale, query.shape[-1]),
-        normalize=normalize,
-        statistics=_checked_statistics(StatisticsRequest() if statistics is None else statistics, shape),
+        normalize=normalization,
+        statistics=_checked_statistics(
+            StatisticsRequest() if statistics is None else statistics, shape, normalization != "softmax"
+        ),
     )
 
 
@@ -129,14 +133,6 @@ def _checked_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _checked_bias(bias: Tensor | None, shape: Shape) -> Tensor | None:
-    if bias is None:
-        return None
-    check_floating("bias", bias, shape.device)
-    check_broadcast("bias", bias, shape)
-    return four_axes(bias)
-
-
 def _checked_key_logits(key_logits: Tensor | None, shape: Shape) -> Tensor | None:
     if key_logits is None:
         return None
@@ -153,9 +149,11 @@ def _checked_key_logits(key_logits: Tensor | None, shape: Shape) -> Tensor | Non
     return key_logits[:, None, None] if key_logits.ndim == 2 else key_logits[:, :, None]
 
 
-def _checked_statistics(wanted: StatisticsRequest, shape: Shape) -> CheckedStatistics:
+def _checked_statistics(wanted: StatisticsRequest, shape: Shape, without_lse: bool) -> CheckedStatistics:
     if not isinstance(wanted, StatisticsRequest):
         raise UsageError(f"statistics is a {type(wanted).__name__}, expected a StatisticsRequest")
+    if wanted.lse and without_lse:
+        raise UsageError("sigmoid attention has no log-sum-exp; ask for mass= or maximum= instead")
     received = wanted.received
     queries = where = None
     if isinstance(received, Tensor) and received.dtype == torch.bool:

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from vislm.errors import UsageError
 from vislm.kernels.backends import Explanation, choose, explain_choice
+from vislm.kernels.bias import Bias, HeadwiseBias
 from vislm.kernels.checks import autocasted, autocasts, checked_head_scale, checked_request
+from vislm.kernels.headwise import by_head, joined
+from vislm.kernels.lowering import lowered
+from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.patterns import Dense, Pattern
 from vislm.kernels.request import Answer, AttentionRequest
 from vislm.kernels.statistics import Statistics, StatisticsRequest
@@ -32,9 +36,9 @@ def attend(
     value: Tensor,
     *,
     pattern: Pattern = ...,
-    bias: Tensor | None = ...,
+    bias: Bias | None = ...,
     scale: float | None = ...,
-    normalize: str = ...,
+    normalize: str | Sigmoid = ...,
     statistics: None = ...,
     head_scale: Tensor | None = ...,
     key_logits: Tensor | None = ...,
@@ -49,9 +53,9 @@ def attend(
     value: Tensor,
     *,
     pattern: Pattern = ...,
-    bias: Tensor | None = ...,
+    bias: Bias | None = ...,
     scale: float | None = ...,
-    normalize: str = ...,
+    normalize: str | Sigmoid = ...,
     statistics: StatisticsRequest,
     head_scale: Tensor | None = ...,
     key_logits: Tensor | None = ...,
@@ -65,15 +69,15 @@ def attend(
     value: Tensor,
     *,
     pattern: Pattern = _DENSE,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     scale: float | None = None,
-    normalize: str = "softmax",
+    normalize: str | Sigmoid = "softmax",
     statistics: StatisticsRequest | None = None,
     head_scale: Tensor | None = None,
     key_logits: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | Attended:
-    """Return the attention output ``head_scale * softmax(scale q k^T + bias + key_logits) v``.
+    """Return the attention output ``head_scale * normalize(scale q k^T + bias + key_logits) v``.
 
     A query that sees no key gives output 0 (and lse ``-inf``, all other statistics 0).
 
@@ -82,10 +86,13 @@ def attend(
             take its dtype, as with any attention of PyTorch.
         key: ``(B, Hkv, Nk, D)``; ``Hq`` is a multiple of ``Hkv``, query head ``h`` uses key head ``h // (Hq / Hkv)``.
         value: ``(B, Hkv, Nk, Dv)``.
-        pattern: which query sees which key: ``Dense()``, ``Causal()``, ``Padded(valid)``, ``Masked(allowed)``.
-        bias: additive logits, broadcastable to ``(B, Hq, Nq, Nk)``; may hold ``-inf``.
+        pattern: which query sees which key: ``Dense()``, ``Causal()``, ``Padded(valid)``, ``Masked(allowed)``, or on a
+            grid ``Neighborhood(grid, window)``, ``Blocked(grid, block, halo)``, ``Window(grid, window, shift)``.
+        bias: additive logits: a tensor that broadcasts to ``(B, Hq, Nq, Nk)`` and may hold ``-inf``, a
+            :class:`RelativeBias`, :class:`DecoupledBias`, :class:`LowRankBias` or :class:`HeadwiseBias`. Gradients
+            reach all of them.
         scale: factor of the dot products, None = ``D ** -0.5``.
-        normalize: how logits become weights; ``"softmax"``.
+        normalize: how logits become weights: ``"softmax"``, ``"sigmoid"`` or a :class:`Sigmoid`.
         statistics: what to measure on the way; see :class:`StatisticsRequest`.
         head_scale: ``(Hq,)`` or ``(B, Hq)``, multiplies each head's output (head reweighting).
         key_logits: ``(Nk,)``, ``(B, Nk)`` or ``(B, Hq, Nk)``, added to the logits of keys: ``log(size)`` of merged
@@ -117,9 +124,9 @@ def attention_statistics(
     *,
     request: StatisticsRequest,
     pattern: Pattern = _DENSE,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     scale: float | None = None,
-    normalize: str = "softmax",
+    normalize: str | Sigmoid = "softmax",
     key_logits: Tensor | None = None,
     backend: str | None = None,
 ) -> Statistics:
@@ -141,9 +148,9 @@ def explain(
     value: Tensor,
     *,
     pattern: Pattern = _DENSE,
-    bias: Tensor | None = None,
+    bias: Bias | None = None,
     scale: float | None = None,
-    normalize: str = "softmax",
+    normalize: str | Sigmoid = "softmax",
     statistics: StatisticsRequest | None = None,
     head_scale: Tensor | None = None,
     key_logits: Tensor | None = None,
@@ -155,7 +162,9 @@ def explain(
     """
     request = _request(query, key, value, pattern, bias, scale, normalize, statistics, key_logits)
     checked_head_scale(head_scale, request.shape)
-    return explain_choice(request, backend)
+    if isinstance(request.bias, HeadwiseBias):
+        request = by_head(request, request.bias)[-1]  # the heads with a dense bias: fewer backends take them
+    return explain_choice(lowered(request)[0], backend)
 
 
 def _request(
@@ -163,9 +172,9 @@ def _request(
     key: Tensor,
     value: Tensor | None,
     pattern: Pattern,
-    bias: Tensor | None,
+    bias: Bias | None,
     scale: float | None,
-    normalize: str,
+    normalize: str | Sigmoid,
     statistics: StatisticsRequest | None,
     key_logits: Tensor | None,
 ) -> AttentionRequest:
@@ -183,9 +192,15 @@ def _request(
 
 
 def _run(request: AttentionRequest, backend: str | None) -> Answer:
+    if isinstance(request.bias, HeadwiseBias):
+        return joined(request.bias, [_run(part, backend) for part in by_head(request, request.bias)])
+    dtype = request.query.dtype
+    request, restore = lowered(request)
     chosen = choose(request, backend)
     device = request.shape.device.type
-    if not autocasts(device):
-        return chosen.run(request)
-    with torch.autocast(device, enabled=False):  # the tensors have their dtype now; statistics stay in float32
-        return chosen.run(request)
+    if autocasts(device):
+        with torch.autocast(device, enabled=False):  # the tensors have their dtype now; statistics stay in float32
+            answer = restore(chosen.run(request))
+    else:
+        answer = restore(chosen.run(request))
+    return answer if answer.output is None else answer._replace(output=answer.output.to(dtype))

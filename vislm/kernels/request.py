@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vislm.kernels.bias import Bias, tensors_of
+from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.patterns import Pattern
 from vislm.kernels.shapes import Shape
 from vislm.kernels.statistics import Statistics
@@ -41,10 +43,11 @@ class AttentionRequest:
         key: ``(B, Hkv, Nk, D)``.
         value: ``(B, Hkv, Nk, Dv)``, or None when only statistics are wanted that need no output.
         pattern: fitted to this call's shape.
-        bias: None or additive logits ``(1 or B, 1 or Hq, 1 or Nq, 1 or Nk)``.
+        bias: None, additive logits ``(1 or B, 1 or Hq, 1 or Nq, 1 or Nk)``, or another :data:`Bias`; backends see
+            only those that :func:`vislm.kernels.lowering.lowered` leaves.
         key_logits: None or additive logits ``(1 or B, 1 or Hq, 1, Nk)``.
         scale: factor of ``q @ k^T``.
-        normalize: how logits become weights.
+        normalize: ``"softmax"``, or a :class:`Sigmoid` with its bias filled in.
         statistics: what is wanted beside the output, possibly nothing.
     """
 
@@ -52,10 +55,10 @@ class AttentionRequest:
     key: Tensor
     value: Tensor | None
     pattern: Pattern
-    bias: Tensor | None
+    bias: Bias | None
     key_logits: Tensor | None
     scale: float
-    normalize: str
+    normalize: Literal["softmax"] | Sigmoid
     statistics: CheckedStatistics
 
     @property
@@ -70,9 +73,14 @@ class AttentionRequest:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     @property
+    def weights(self) -> Literal["simplex", "unnormalised"]:
+        """The kind of weights that this call's normalisation gives."""
+        return "simplex" if self.normalize == "softmax" else "unnormalised"
+
+    @property
     def differentiable(self) -> bool:
         """Whether autograd will want gradients of this call."""
-        tensors = (self.query, self.key, self.value, self.bias, self.key_logits)
+        tensors = (self.query, self.key, self.value, *tensors_of(self.bias), self.key_logits)
         return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vislm.kernels.bias_rows import additive_rows, rows
+from vislm.kernels.normalization import normalized, row_entropy
 from vislm.kernels.patterns import Dense
 from vislm.kernels.request import AttentionRequest, CheckedStatistics
-from vislm.kernels.softmax import masked_softmax
 from vislm.kernels.statistics import Statistics
 
 MAX_ROWS = 128
@@ -49,47 +50,45 @@ def tiled_statistics(request: AttentionRequest, output: Tensor | None) -> Statis
             received = _plus(received, tile.received)
             tiles.append(tile._replace(received=None))  # or the column sums of all tiles would stay alive
     if wanted.received_queries is not None:
-        for columns in _visit(request, wanted.received_queries, lambda index: _weights(request, index).sum(-2)):
+        for columns in _visit(request, wanted.received_queries, lambda index: row_weights(request, index).sum(-2)):
             received = _plus(received, columns)
     return Statistics(
         lse=_joined([tile.lse for tile in tiles]) if wanted.lse else None,
-        rows=None if wanted.rows is None else _weights(request, wanted.rows),
+        rows=None if wanted.rows is None else row_weights(request, wanted.rows),
         received=received,
         mass=None if wanted.mass is None else _named(wanted.mass, _joined([tile.mass for tile in tiles])),
         entropy=_joined([tile.entropy for tile in tiles]),
         maximum=_joined([tile.maximum for tile in tiles]),
         output_norm=output.to(request.dtype).norm(dim=-1) if wanted.output_norm and output is not None else None,
+        weights=request.weights,
     )
 
 
 def row_logits(request: AttentionRequest, index: Tensor) -> Tensor:
     """Return the logits ``(B, Hq, R, Nk)`` of the queries ``index`` ``(1 or B, R)``, ``-inf`` where not allowed."""
-    batch, num_heads, num_queries, num_keys, device = request.shape
-    query, key = _rows(request.query, index).to(request.dtype), request.key.to(request.dtype)
+    batch, num_heads, _, num_keys, device = request.shape
+    query, key = rows(request.query, index).to(request.dtype), request.key.to(request.dtype)
     # The query heads that share a key head are stacked along the rows, so that keys are never repeated.
     stacked = query.reshape(batch, key.shape[1], num_heads // key.shape[1] * index.shape[1], query.shape[-1])
     logits = (stacked @ key.transpose(-1, -2) * request.scale).view(batch, num_heads, index.shape[1], num_keys)
-    if request.bias is not None:
-        shared = request.bias.shape[2] == 1
-        logits = logits + (request.bias if shared else _rows(request.bias, index)).to(request.dtype)
-    if request.key_logits is not None:
-        logits = logits + request.key_logits.to(request.dtype)
+    additive = additive_rows(request, index, request.dtype)
+    if additive is not None:
+        logits = logits + additive
     if isinstance(request.pattern, Dense):
         return logits
-    position = (index + num_keys - num_queries)[:, None, :, None]
-    return logits.masked_fill(~request.pattern.mask(position, torch.arange(num_keys, device=device)[None]), -torch.inf)
+    return logits.masked_fill(
+        ~request.pattern.mask(_position(request, index), torch.arange(num_keys, device=device)[None]), -torch.inf
+    )
 
 
-def _rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return the rows (B, H, R, ...) of the queries in index (1 or B, R)."""
-    if len(index) == 1:
-        return tensor.index_select(2, index[0])
-    sample = torch.arange(len(index), device=index.device)[:, None]
-    return tensor.expand(len(index), -1, -1, -1)[sample, :, index].transpose(1, 2)
+def row_weights(request: AttentionRequest, index: Tensor) -> Tensor:
+    """Return the attention rows ``(B, Hq, R, Nk)`` of the queries ``index`` ``(1 or B, R)``."""
+    return normalized(request.normalize, row_logits(request, index), _position(request, index))[0]
 
 
-def _weights(request: AttentionRequest, index: Tensor) -> Tensor:
-    return masked_softmax(row_logits(request, index))[0]
+def _position(request: AttentionRequest, index: Tensor) -> Tensor:
+    """Return the positions (1 or B, 1, R, 1) of queries on the key axis."""
+    return (index + request.shape.num_keys - request.shape.num_queries)[:, None, :, None]
 
 
 def _visits_every_query(wanted: CheckedStatistics) -> bool:
@@ -110,7 +109,7 @@ def _visit(request: AttentionRequest, index: Tensor, compute: Callable[[Tensor],
 
 def _tile(request: AttentionRequest, wanted: CheckedStatistics, index: Tensor) -> _Tile:
     logits = row_logits(request, index)
-    weights, lse = masked_softmax(logits)
+    weights, log_sum = normalized(request.normalize, logits, _position(request, index))
     received = entropy = maximum = mass = None
     if wanted.received:
         received = weights.sum(-2)
@@ -121,11 +120,10 @@ def _tile(request: AttentionRequest, wanted: CheckedStatistics, index: Tensor) -
         groups = torch.stack([group.expand(request.shape.batch, -1) for group in wanted.mass.values()], dim=-1)
         mass = weights @ groups[:, None].to(weights.dtype)
     if wanted.entropy:
-        information = (logits - lse[..., None]).masked_fill(weights == 0, 0.0)  # log A, with 0 log 0 = 0
-        entropy = -(weights * information).sum(-1)
+        entropy = row_entropy(request.normalize, logits, weights, log_sum)
     if wanted.maximum:
-        maximum = weights.amax(-1) if request.shape.num_keys else torch.zeros_like(lse)
-    return _Tile(lse, received, mass, entropy, maximum)
+        maximum = weights.amax(-1) if request.shape.num_keys else torch.zeros_like(log_sum)
+    return _Tile(log_sum, received, mass, entropy, maximum)
 
 
 def _joined(tiles: Sequence[Tensor | None]) -> Tensor | None:

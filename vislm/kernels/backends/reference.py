@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vislm.kernels.bias_rows import additive_rows
+from vislm.kernels.normalization import normalized, row_entropy
 from vislm.kernels.request import Answer, AttentionRequest, CheckedStatistics
-from vislm.kernels.softmax import masked_softmax
 from vislm.kernels.statistics import Statistics
 
 
@@ -16,26 +17,27 @@ def supports(request: AttentionRequest) -> str | None:
 
 
 def run(request: AttentionRequest) -> Answer:
-    """Return ``softmax(scale q k^T + bias + key_logits, where the pattern allows) v`` and the statistics of it.
+    """Return ``normalize(scale q k^T + bias + key_logits, where the pattern allows) v`` and the statistics of it.
 
     O(Nq Nk) memory. Arithmetic in float32 (float64 for float64 inputs), output in the query's dtype.
     """
-    logits = _logits(request)
-    weights, lse = masked_softmax(logits)
+    num_queries, num_keys, device = request.shape.num_queries, request.shape.num_keys, request.shape.device
+    position = torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries
+    logits = _logits(request, position)
+    weights, log_sum = normalized(request.normalize, logits, position)
     exact = None if request.value is None else weights @ _per_query_head(request.value.to(request.dtype), request)
     output = None if exact is None else exact.to(request.query.dtype)
-    return Answer(output, _statistics(request.statistics, logits, weights, lse, exact))
+    return Answer(output, _statistics(request, logits, weights, log_sum, exact))
 
 
-def _logits(request: AttentionRequest) -> Tensor:
-    _, _, num_queries, num_keys, device = request.shape
+def _logits(request: AttentionRequest, position: Tensor) -> Tensor:
+    num_queries, num_keys, device = request.shape.num_queries, request.shape.num_keys, request.shape.device
     key = _per_query_head(request.key.to(request.dtype), request)
     logits = request.query.to(request.dtype) @ key.transpose(-1, -2) * request.scale
-    for term in (request.bias, request.key_logits):
-        if term is not None:
-            logits = logits + term.to(request.dtype)
-    position = torch.arange(num_queries, device=device) + num_keys - num_queries
-    allowed = request.pattern.mask(position[:, None], torch.arange(num_keys, device=device)[None])
+    additive = additive_rows(request, torch.arange(num_queries, device=device)[None], request.dtype)
+    if additive is not None:
+        logits = logits + additive
+    allowed = request.pattern.mask(position, torch.arange(num_keys, device=device)[None])
     return logits.masked_fill(~allowed, -torch.inf)
 
 
@@ -44,20 +46,20 @@ def _per_query_head(tensor: Tensor, request: AttentionRequest) -> Tensor:
 
 
 def _statistics(
-    wanted: CheckedStatistics, logits: Tensor, weights: Tensor, lse: Tensor, output: Tensor | None
+    request: AttentionRequest, logits: Tensor, weights: Tensor, log_sum: Tensor, output: Tensor | None
 ) -> Statistics:
-    information = (logits - lse[..., None]).masked_fill(weights == 0, 0.0)  # log A, with 0 log 0 = 0
-    mass = None
+    wanted, mass = request.statistics, None
     if wanted.mass is not None:
         mass = {name: (weights * group[:, None, None]).sum(-1) for name, group in wanted.mass.items()}
     return Statistics(
-        lse=lse if wanted.lse else None,
+        lse=log_sum if wanted.lse else None,
         rows=None if wanted.rows is None else _take(weights, wanted.rows),
         received=_received(wanted, weights),
         mass=mass,
-        entropy=-(weights * information).sum(-1) if wanted.entropy else None,
+        entropy=row_entropy(request.normalize, logits, weights, log_sum) if wanted.entropy else None,
         maximum=_largest(weights) if wanted.maximum else None,
         output_norm=output.norm(dim=-1) if wanted.output_norm and output is not None else None,
+        weights=request.weights,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vislm.kernels.bias_rows import additive_rows
 from vislm.kernels.patterns import Causal, Dense
 from vislm.kernels.request import Answer, AttentionRequest
 from vislm.kernels.shapes import four_axes
@@ -85,10 +86,7 @@ def _mask(request: AttentionRequest, first: int, last: int) -> Tensor:
     _, _, num_queries, num_keys, device = request.shape
     position = torch.arange(first, last, device=device) + num_keys - num_queries
     allowed = four_axes(request.pattern.mask(position[:, None], torch.arange(num_keys, device=device)[None]))
-    additive = request.key_logits
-    if request.bias is not None:
-        bias = request.bias if request.bias.shape[2] == 1 else request.bias[:, :, first:last]
-        additive = bias if additive is None else bias + additive
+    additive = additive_rows(request, torch.arange(first, last, device=device)[None])
     return allowed if additive is None else additive.masked_fill(~allowed, -torch.inf)
 
 
