@@ -93,8 +93,8 @@ def test_batch_equals_stacked_singles(backend, pattern, make) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tiles_do_not_show(backend, pattern, make, plain, everything, measure, flatten, monkeypatch) -> None:
     """Tiles that do not divide the number of queries give the same numbers."""
-    monkeypatch.setattr("vislm.kernels.tiled_statistics.MAX_ROWS", 10)
-    monkeypatch.setattr("vislm.kernels.backends.torch.MAX_MASK_ELEMENTS", 11 * 63)
+    monkeypatch.setattr("vislm.kernels.rows.MAX_ROWS", 10)
+    monkeypatch.setattr("vislm.kernels.fused.MAX_MASK_ELEMENTS", 11 * 63)
     problem = make(pattern, extras=True)
     wanted = everything(2, 63, 63)
     result = attend(*problem.tensors, statistics=wanted, backend=backend, **problem.options)

@@ -90,7 +90,7 @@ def test_kernels_that_give_nan_for_unseeing_queries(extras, make, monkeypatch) -
     problem = make("masked", extras=extras)
     inputs = [tensor.detach().requires_grad_() for tensor in problem.tensors]
     expected = attend(*inputs, backend="reference", **problem.options)
-    monkeypatch.setattr("vislm.kernels.backends.torch.scaled_dot_product_attention", naive)
+    monkeypatch.setattr("vislm.kernels.fused.scaled_dot_product_attention", naive)
     output = attend(*inputs, backend="torch", **problem.options)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     for gradient in torch.autograd.grad(output.sum(), inputs):

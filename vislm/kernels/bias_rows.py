@@ -40,6 +40,14 @@ def additive_rows(request: AttentionRequest, index: Tensor, dtype: torch.dtype |
     return sum((term.to(dtype) for term in terms[1:]), terms[0].to(dtype))
 
 
+def additive_range(request: AttentionRequest, first: int, last: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return :func:`additive_rows` of the queries ``first:last``; a dense bias alone is not copied."""
+    bias = request.bias
+    if isinstance(bias, Tensor) and request.key_logits is None:
+        return (bias if bias.shape[2] == 1 else bias[:, :, first:last]).to(dtype)
+    return additive_rows(request, torch.arange(first, last, device=request.shape.device)[None], dtype)
+
+
 def _bias_rows(request: AttentionRequest, index: Tensor) -> Tensor | None:
     bias = request.bias
     if bias is None:
@@ -64,7 +72,7 @@ def _table_entries(bias: RelativeBias, pattern: GridPattern, query: Tensor, key:
     sizes = bias.table.shape[1:]
     flat = torch.zeros((), dtype=torch.long, device=key.device)
     for axis, size in enumerate(sizes):
-        flat = flat * size + _offset(bias.origins[axis], size, pattern, axis, query, key)
+        flat = flat * size + table_index(bias.origins[axis], size, pattern, axis, query, key)
     return bias.table.flatten(1)[:, flat[:, 0]].transpose(0, 1)
 
 
@@ -73,14 +81,24 @@ def _axial_entries(bias: AxialBias, pattern: GridPattern, query: Tensor, key: Te
     total = None
     for axis, logits in enumerate(bias.logits):
         mine = rows(logits, index)
-        offset = _offset(bias.origin[axis], logits.shape[-1], pattern, axis, query, key)
+        offset = table_index(bias.origin[axis], logits.shape[-1], pattern, axis, query, key)
         entries = mine.gather(-1, offset.expand(*mine.shape[:3], -1))
         total = entries if total is None else total + entries
     assert total is not None
     return total
 
 
-def _offset(origin: int, size: int, pattern: GridPattern, axis: int, query: Tensor, key: Tensor) -> Tensor:
+def table_index(origin: int, size: int, pattern: GridPattern, axis: int, query: Tensor, key: Tensor) -> Tensor:
+    """Return where in a table of ``size`` relative positions along ``axis`` each pair looks; 0 to ``size - 1``.
+
+    Args:
+        origin: index of relative position 0.
+        size: entries of the table along ``axis``.
+        pattern: the grid pattern of the call.
+        axis: of the grid.
+        query: row-major indices on the query grid.
+        key: row-major indices of the grid's keys, broadcastable with ``query``.
+    """
     anchor = pattern.anchor(axis, query_coordinate(pattern, axis, query))
     steps = torch.div(key_coordinate(pattern, axis, key) - anchor, pattern.step(axis), rounding_mode="floor")
     return (steps + origin).clamp(0, size - 1)

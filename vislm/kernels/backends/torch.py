@@ -1,99 +1,126 @@
-"""Attention by ``torch.nn.functional.scaled_dot_product_attention``: any device, differentiable, O(N) memory."""
+"""Attention in plain PyTorch on any device, differentiable, O(N) memory: fused, tiled on grids, or row by row."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from vislm.kernels.bias_rows import additive_rows
-from vislm.kernels.patterns import Causal, Dense
+from vislm.kernels.bias_rows import grid_sizes
+from vislm.kernels.fused import fused_output
+from vislm.kernels.local.axis import axis_of
+from vislm.kernels.local.measure import local_statistics
+from vislm.kernels.local.run import local_output
+from vislm.kernels.patterns import Dense, GridPattern
 from vislm.kernels.request import Answer, AttentionRequest
-from vislm.kernels.shapes import four_axes
-from vislm.kernels.tiled_statistics import tiled_statistics
-
-MAX_MASK_ELEMENTS = 1 << 20
+from vislm.kernels.rows import row_output
+from vislm.kernels.statistics import Statistics
+from vislm.kernels.sweep import sweep
+from vislm.kernels.tiled_statistics import named_groups, tiled_statistics, visits_every_query, with_chosen
 
 
 def supports(request: AttentionRequest) -> str | None:
-    """Return None: every pattern runs through its mask, on every device."""
+    """Return None: every pattern, bias, normalisation and statistic runs, on every device."""
     return None
 
 
 def run(request: AttentionRequest) -> Answer:
-    """Return the output of fused attention, and tiled statistics.
+    """Return output and statistics.
 
-    Dense and square causal attention is one fused call. Anything with a mask or additive logits is one call per tile
-    of queries, so that no mask larger than ``(B, H, tile, Nk)`` is built. Additive logits that are wider than the
-    query's dtype are not rounded to it: that call runs in the wider dtype.
+    Patterns on a grid run tile by tile, softmax otherwise in a fused call, and sigmoid from explicit rows, a few at a
+    time. Statistics never change the output.
     """
-    output = None if request.value is None else _output(request, request.value)
-    return Answer(output, tiled_statistics(request, output))
+    if isinstance(request.pattern, GridPattern) and request.bias is None and _sees_everything(request.pattern):
+        request = replace(request, pattern=Dense())
+    if _runs_in_tiles(request):
+        return _on_grid(request)
+    explicit = request.normalize != "softmax"
+    if request.differentiable or not (explicit or visits_every_query(request.statistics)):
+        output = None
+        if request.value is not None:
+            output = row_output(request, request.value) if explicit else fused_output(request, request.value)
+        return Answer(output, tiled_statistics(request, output))
+    if explicit or request.value is None:
+        swept = sweep(request)
+        output = None if swept.output is None else swept.output.to(request.query.dtype)
+    else:  # the same output as without statistics, to the last bit
+        swept, output = sweep(replace(request, value=None)), fused_output(request, request.value)
+    everywhere = Statistics(
+        lse=swept.lse,
+        entropy=swept.entropy,
+        maximum=swept.maximum,
+        mass=named_groups(request.statistics.mass, swept.mass),
+        received=swept.received,
+    )
+    return Answer(output, with_chosen(everywhere, request, output))
 
 
-def _output(request: AttentionRequest, value: Tensor) -> Tensor:
-    query, key = request.query, request.key
-    is_causal = _fused_causality(request, value)
-    groups = query.shape[1] // key.shape[1]
-    native = is_causal is not None and _shares_key_heads(query)
-    if groups > 1 and not native:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if is_causal is not None:
-        return scaled_dot_product_attention(
-            query, key, value, scale=request.scale, is_causal=is_causal, enable_gqa=native and groups > 1
-        )
-    num_queries = request.shape.num_queries
-    rows = max(1, MAX_MASK_ELEMENTS // max(1, request.shape.num_keys))
-    tiles = [_tile(request, key, value, first, min(first + rows, num_queries)) for first in range(0, num_queries, rows)]
-    return torch.cat(tiles, dim=2) if tiles else query.new_zeros(*query.shape[:3], value.shape[-1])
+def _sees_everything(pattern: GridPattern) -> bool:
+    """Return whether every query sees every key: the window is the whole grid."""
+    axes = (axis_of(pattern, axis) for axis in range(len(pattern.grid)))
+    return all(bool((axis.first == 0).all() & (axis.last == axis.keys - 1).all()) for axis in axes)
 
 
-def _fused_causality(request: AttentionRequest, value: Tensor) -> bool | None:
-    """Return ``is_causal`` if one fused call without a mask is exact; None if not."""
-    additive = request.bias is not None or request.key_logits is not None
-    num_queries, num_keys = request.shape.num_queries, request.shape.num_keys
-    # Unequal head sizes have no fused kernel everywhere; PyTorch would build the whole matrix.
-    if additive or value.shape[-1] != request.query.shape[-1]:
-        return None
-    if isinstance(request.pattern, Dense) or (isinstance(request.pattern, Causal) and num_queries == 1):
+def _runs_in_tiles(request: AttentionRequest) -> bool:
+    pattern, normalize = request.pattern, request.normalize
+    if not isinstance(pattern, GridPattern) or isinstance(request.bias, Tensor):
         return False
-    return True if isinstance(request.pattern, Causal) and num_queries == num_keys else None
+    # The rows of prefix queries are computed apart, where their position on the key axis is another.
+    return normalize == "softmax" or normalize.row_norm is None or pattern.prefix == 0
 
 
-def _shares_key_heads(query: Tensor) -> bool:
-    """Return whether the fused kernel takes fewer key heads; elsewhere PyTorch would build the whole matrix."""
-    return query.device.type == "cpu" or (query.device.type == "cuda" and query.dtype.itemsize == 2)
-
-
-def _tile(request: AttentionRequest, key: Tensor, value: Tensor, first: int, last: int) -> Tensor:
-    """Return the output of the queries ``first:last``."""
-    query = request.query[:, :, first:last]
-    mask = _mask(request, first, last)
-    blind = _blind(mask)
-    if mask.dtype == torch.bool:
-        mask = mask | blind  # a row that sees nothing is NaN in some kernels, so let it see and drop its output
+def _on_grid(request: AttentionRequest) -> Answer:
+    """Return the answer of the prefix queries, which see every key, and behind it that of the grid's queries."""
+    wanted = request.statistics
+    beyond_lse = visits_every_query(replace(wanted, lse=False))
+    prefix_request = _of_prefix_queries(request)
+    prefix = None if prefix_request is None else run(prefix_request)
+    output = lse = None
+    if request.value is not None:
+        output, lse = local_output(request, request.value, wants_lse=wanted.lse and not beyond_lse)
+        output = _behind(None if prefix is None else prefix.output, output)
+    if request.differentiable and (beyond_lse or (wanted.lse and lse is None)):
+        return Answer(output, tiled_statistics(request, output))
+    if beyond_lse or (wanted.lse and lse is None):
+        grid = local_statistics(request)
     else:
-        mask = mask.masked_fill(blind, 0.0)
-        query, key, value = (_widened(tensor, mask) for tensor in (query, key, value))
-        mask = mask.to(query.dtype)
-    mask = mask.expand(-1, -1, last - first, key.shape[2])
-    out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=request.scale)
-    return out.to(request.query.dtype).masked_fill(blind, 0.0)
+        grid = Statistics(lse=lse)
+    return Answer(output, with_chosen(_joined(None if prefix is None else prefix.statistics, grid), request, output))
 
 
-def _mask(request: AttentionRequest, first: int, last: int) -> Tensor:
-    """Return the rows ``first:last`` of the mask (bool), or of the additive logits with ``-inf`` where not allowed."""
-    _, _, num_queries, num_keys, device = request.shape
-    position = torch.arange(first, last, device=device) + num_keys - num_queries
-    allowed = four_axes(request.pattern.mask(position[:, None], torch.arange(num_keys, device=device)[None]))
-    additive = additive_rows(request, torch.arange(first, last, device=device)[None])
-    return allowed if additive is None else additive.masked_fill(~allowed, -torch.inf)
+def _of_prefix_queries(request: AttentionRequest) -> AttentionRequest | None:
+    """Return the call of the prefix queries alone: they see every key, without a bias; None if there are none."""
+    pattern, wanted = request.pattern, request.statistics
+    assert isinstance(pattern, GridPattern)
+    count = request.shape.num_queries - grid_sizes(pattern)[0]
+    if count == 0:
+        return None
+    where = None if wanted.received_where is None else wanted.received_where[:, :count]
+    statistics = replace(wanted, rows=None, received_queries=None, received_where=where, output_norm=False)
+    query = request.query[:, :, :count]
+    return replace(request, query=query, pattern=Dense(), bias=None, statistics=statistics)
 
 
-def _blind(mask: Tensor) -> Tensor:
-    """Return True ``(..., 1)`` for rows that see no key."""
-    return ~mask.any(-1, keepdim=True) if mask.dtype == torch.bool else (mask == -torch.inf).all(-1, keepdim=True)
+def _joined(prefix: Statistics | None, grid: Statistics) -> Statistics:
+    """Return the statistics of the prefix queries and of the grid's queries together."""
+    if prefix is None:
+        return grid
+    received = grid.received
+    if received is not None and prefix.received is not None:
+        received = prefix.received + received
+    mass = grid.mass
+    if mass is not None:
+        mass = {name: _behind((prefix.mass or {})[name], part) for name, part in mass.items()}
+    return replace(
+        grid,
+        lse=None if grid.lse is None else _behind(prefix.lse, grid.lse),
+        entropy=None if grid.entropy is None else _behind(prefix.entropy, grid.entropy),
+        maximum=None if grid.maximum is None else _behind(prefix.maximum, grid.maximum),
+        mass=mass,
+        received=received,
+    )
 
 
-def _widened(tensor: Tensor, mask: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, mask.dtype))
+def _behind(prefix: Tensor | None, grid: Tensor) -> Tensor:
+    return grid if prefix is None else torch.cat((prefix, grid), dim=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -150,26 +150,32 @@ def _unravelled(grid: tuple[int, ...], axis: int, index: Tensor) -> Tensor:
 
 def checked_grid(name: str, grid: object) -> tuple[int, ...]:
     """Return the grid as a tuple of 1 to 3 positive sizes; a single number is a sequence."""
-    sizes = tuple(grid) if isinstance(grid, (Sequence, torch.Size)) else (grid,)
-    if not 1 <= len(sizes) <= MAX_AXES or not all(_is_int(size) and size >= 1 for size in sizes):
+    sizes = _integers(grid if isinstance(grid, Sequence) else (grid,), least=1)
+    if sizes is None or not 1 <= len(sizes) <= MAX_AXES:
         raise UsageError(f"{name} has {grid=}, expected 1 to {MAX_AXES} positive sizes such as (H, W)")
-    return tuple(int(size) for size in sizes)
+    return sizes
 
 
 def per_axis(name: str, given: object, grid: tuple[int, ...], least: int) -> tuple[int, ...]:
     """Return one integer of at least ``least`` per axis; a single one is repeated."""
-    values = tuple(given) if isinstance(given, Sequence) else (given,) * len(grid)
-    if len(values) != len(grid) or not all(_is_int(entry) and entry >= least for entry in values):
+    values = _integers(given if isinstance(given, Sequence) else (given,) * len(grid), least)
+    if values is None or len(values) != len(grid):
         raise UsageError(f"{name}={given}, expected an integer >= {least}, or one per axis of the grid {grid}")
-    return tuple(int(entry) for entry in values)
+    return values
 
 
 def checked_prefix(prefix: object) -> int:
     """Return the number of prefix tokens; raise ``UsageError`` unless it is a non-negative integer."""
     if not _is_int(prefix) or prefix < 0:
         raise UsageError(f"{prefix=}, expected the number of tokens in front of the grid, 0 or more")
-    return int(prefix)
+    return prefix
 
 
-def _is_int(given: object) -> bool:
+def _integers(given: Sequence[object], least: int) -> tuple[int, ...] | None:
+    """Return the entries if all are integers of at least ``least``, else None."""
+    integers = tuple(entry for entry in given if _is_int(entry) and entry >= least)
+    return integers if len(integers) == len(given) else None
+
+
+def _is_int(given: object) -> TypeGuard[int]:
     return isinstance(given, int) and not isinstance(given, bool)

@@ -1,0 +1,171 @@
+"""From the tokens of a call to the tokens of its tiles and back, and the logits of a few tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vislm.kernels.local.plan import Plan
+from vislm.kernels.normalization import Sigmoid
+from vislm.kernels.softmax import masked_softmax
+
+CPU_CHUNK_PAIRS = 1 << 17
+"""Query-key pairs computed at once on a CPU, about what its cache holds."""
+CHUNK_PAIRS = 1 << 25
+"""The same on other devices."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What a local attention needs beside its tensors.
+
+    Attributes:
+        plan: the tiles.
+        scale: factor of the dot products.
+        normalize: as in an :class:`AttentionRequest`.
+        origin: index of relative position 0 of the axial logits along each axis.
+        may_be_blind: whether a query may see no key at all.
+        wants_lse: whether the log-sum-exp is wanted.
+        dtype: of the arithmetic.
+    """
+
+    plan: Plan
+    scale: float
+    normalize: Literal["softmax"] | Sigmoid
+    origin: tuple[int, ...]
+    may_be_blind: bool
+    wants_lse: bool
+    dtype: torch.dtype
+
+
+class Tensors(NamedTuple):
+    """The tensors of a local attention: ``X = B Hkv`` independent attentions of ``G`` query heads each.
+
+    Attributes:
+        query: ``(X, G, Nq, D)``, queries of the grid only.
+        key: ``(X, Nk, D)``, with the prefix keys.
+        value: ``(X, Nk, Dv)``.
+        additive: ``(Hkv or 1, kinds, G or 1, Q, P + S)``, mask and relative bias of each kind of tile.
+        key_logits: None or ``(X, G, Nk)``.
+        axial: per axis ``(X, G, Nq, offsets)``; none without an axial bias.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    additive: Tensor
+    key_logits: Tensor | None
+    axial: tuple[Tensor, ...]
+
+
+class Chunk(NamedTuple):
+    """The attentions ``heads`` and the tiles ``tiles``: several attentions only with all their tiles."""
+
+    heads: slice
+    tiles: slice
+
+
+def chunks(tensors: Tensors, plan: Plan) -> Iterator[Chunk]:
+    """Yield all tiles of all attentions, as many at a time as are worth one product."""
+    attentions, groups = tensors.query.shape[:2]
+    (count, queries), keys = plan.queries.shape, plan.keys.shape[1]
+    limit = CPU_CHUNK_PAIRS if tensors.query.device.type == "cpu" else CHUNK_PAIRS
+    tiles_at_once = max(1, limit // (groups * queries * keys))
+    heads_at_once = max(1, tiles_at_once // count)
+    for head in range(0, attentions, heads_at_once):
+        for tile in range(0, count, tiles_at_once):
+            yield Chunk(
+                slice(head, min(head + heads_at_once, attentions)), slice(tile, min(tile + tiles_at_once, count))
+            )
+
+
+def query_tiles(tensor: Tensor, plan: Plan) -> Tensor:
+    """Return ``(X, T, G, Q, ...)`` of a tensor ``(X, G, Nq, ...)`` over the grid's queries."""
+    tiles = tensor.index_select(2, plan.queries.flatten()).unflatten(2, tuple(plan.queries.shape))
+    return tiles.transpose(1, 2).contiguous()
+
+
+def from_query_tiles(tiles: Tensor, plan: Plan) -> Tensor:
+    """Return ``(X, G, Nq, ...)`` of the tiles ``(X, T, G, Q, ...)``; what repeated queries gave is left out."""
+    return tiles.transpose(1, 2).flatten(2, 3).index_select(2, plan.slot)
+
+
+def of_chunk(tiles: Tensor, chunk: Chunk) -> Tensor:
+    """Return a chunk of tiles ``(X, T, G, Q, C)`` as one batch of matrices ``(x t, G Q, C)``."""
+    return tiles[chunk.heads, chunk.tiles].flatten(0, 1).flatten(1, 2)
+
+
+def key_tiles(tensor: Tensor, chunk: Chunk, plan: Plan) -> Tensor:
+    """Return ``(x t, P + S, ...)`` of a tensor ``(X, Nk, ...)`` over the keys."""
+    index = plan.keys[chunk.tiles]
+    if chunk.heads.stop - chunk.heads.start == 1:
+        return tensor[chunk.heads.start].index_select(0, index.flatten()).unflatten(0, tuple(index.shape))
+    return tensor[chunk.heads].index_select(1, index.flatten()).unflatten(1, tuple(index.shape)).flatten(0, 1)
+
+
+def key_index(chunk: Chunk, num_keys: int, plan: Plan) -> Tensor:
+    """Return the index ``(x t (P + S),)`` of a chunk's keys among the ``X Nk`` of all attentions."""
+    heads = torch.arange(chunk.heads.start, chunk.heads.stop, device=plan.keys.device)
+    return (heads[:, None, None] * num_keys + plan.keys[chunk.tiles]).flatten()
+
+
+def logits_of(query: Tensor, key: Tensor, chunk: Chunk, tensors: Tensors, settings: Settings) -> Tensor:
+    """Return the logits ``(x t, G Q, P + S)`` of a chunk's queries ``(x t, G Q, D)`` and keys ``(x t, P + S, D)``."""
+    shape = (chunk.heads.stop - chunk.heads.start, chunk.tiles.stop - chunk.tiles.start, tensors.query.shape[1])
+    logits = _additive_of(tensors.additive, shape, chunk, settings.plan)
+    logits.baddbmm_(query, key.transpose(1, 2), alpha=settings.scale)
+    tiled = logits.view(*shape, -1, logits.shape[-1])
+    if tensors.key_logits is not None:
+        of_keys = tensors.key_logits[chunk.heads].index_select(2, settings.plan.keys[chunk.tiles].flatten())
+        tiled += of_keys.unflatten(2, (shape[1], -1)).transpose(1, 2).unsqueeze(3)
+    for axis, of_axis in enumerate(tensors.axial):
+        mine = of_axis[chunk.heads].index_select(2, settings.plan.queries[chunk.tiles].flatten())
+        mine = mine.unflatten(2, (shape[1], -1)).transpose(1, 2).to(tiled.dtype)
+        index = axial_index(chunk, axis, settings).expand(*mine.shape[:4], -1)
+        view = [1] * len(settings.plan.spans)
+        view[axis] = -1
+        boxed(tiled, settings.plan).add_(mine.gather(-1, index).unflatten(-1, view))
+    return logits
+
+
+def _additive_of(additive: Tensor, shape: tuple[int, int, int], chunk: Chunk, plan: Plan) -> Tensor:
+    """Return a new tensor (x t, G Q, P + S) of the chunk's mask and relative bias, (x, t, G) = shape."""
+    heads, kinds, groups = additive.shape[:3]
+    head = torch.arange(chunk.heads.start, chunk.heads.stop, device=additive.device) % heads
+    group = torch.arange(shape[2], device=additive.device) % groups
+    index = ((head[:, None, None] * kinds + plan.kind[chunk.tiles][:, None]) * groups + group).flatten()
+    return additive.flatten(0, 2).index_select(0, index).view(shape[0] * shape[1], -1, additive.shape[-1])
+
+
+def axial_index(chunk: Chunk, axis: int, settings: Settings) -> Tensor:
+    """Return the index ``(1, t, 1, Q, S_axis)`` of each key's relative position in the axial logits."""
+    return (settings.plan.offsets[axis][settings.plan.kind[chunk.tiles]] + settings.origin[axis])[None, :, None]
+
+
+def boxed(tiled: Tensor, plan: Plan) -> Tensor:
+    """Return the view ``(x, t, G, Q, S_1, .., S_n)`` of the grid's keys in ``(x, t, G, Q, P + S)``."""
+    return tiled[..., tiled.shape[-1] - math.prod(plan.spans) :].unflatten(-1, plan.spans)
+
+
+def weights_of(logits: Tensor, chunk: Chunk, settings: Settings) -> Tensor:
+    """Return the weights of a chunk's logits ``(x t, G Q, P + S)``."""
+    if settings.normalize == "softmax":
+        return masked_softmax(logits)[0] if settings.may_be_blind else torch.softmax(logits, dim=-1)
+    plan = settings.plan
+    position = plan.queries[chunk.tiles] + plan.keys.shape[1] - math.prod(plan.spans)
+    rows = logits.view(
+        -1, *position.shape[:1], logits.shape[1] // position.shape[1], position.shape[1], logits.shape[2]
+    )
+    return settings.normalize.weights(rows, position[:, None, :, None]).view_as(logits)
+
+
+def lse_of(logits: Tensor, weights: Tensor) -> Tensor:
+    """Return the log-sum-exp: a row's largest weight is ``exp(largest logit - lse)``; ``-inf`` for blind rows."""
+    largest = weights.amax(-1)
+    blind = largest == 0
+    return (logits.amax(-1) - largest.masked_fill(blind, 1.0).log()).masked_fill_(blind, -torch.inf)
