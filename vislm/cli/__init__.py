@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from vislm.cli import ask, bench, data, demo, evaluate, listing, train, verify, visualize
+from vislm.cli import ask, bench, data, demo, evaluate, listing, suggest_window, train, verify, visualize
 from vislm.errors import UsageError, VislmError
 
 # typer brings its own click from some release on; its errors' common base is reached through a public one
@@ -30,6 +30,7 @@ app.command("verify")(verify.verify)
 app.add_typer(data.app, name="data")
 app.command("train-tiny")(train.train_tiny)
 app.add_typer(bench.app, name="bench")
+app.command("suggest-window")(suggest_window.suggest_window)
 app.command("demo")(demo.demo)
 
 

@@ -66,3 +66,12 @@ def heads(
     assert lmm.last_run is not None
     head_figure(lmm.last_run, lmm.model.config.text_config, out, title=method)
     typer.echo(f"written to {out}")
+
+
+@app.command()
+def patterns(out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")]) -> None:
+    """Draw every attention pattern from its mask: what one query sees, and the whole mask."""
+    from vislm.report.patterns import draw_gallery
+
+    for path in draw_gallery(out):
+        typer.echo(f"written to {path}")

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from vislm.kernels.local.tiles import (
     Chunk,
+    Scratch,
     Settings,
     Tensors,
     axial_index,
@@ -43,10 +44,12 @@ class LocalAttention(torch.autograd.Function):
         head_dim, groups = query.shape[-1], query.shape[2]
         outputs = both.new_empty(*query.shape[:-1], tensors.value.shape[-1], dtype=dtype)
         sums = both.new_empty(query.shape[:-1] if settings.wants_lse else 0, dtype=dtype)
+        scratch = Scratch(dtype, query.device)
         for chunk in chunks(tensors, plan):
-            tiles = key_tiles(both, chunk, plan).to(dtype)
-            logits = logits_of(of_chunk(query, chunk).to(dtype), tiles[..., :head_dim], chunk, tensors, settings)
-            weights = weights_of(logits, chunk, settings)
+            tiles = key_tiles(both, chunk, plan, scratch)
+            mine = of_chunk(query, chunk).to(dtype)
+            logits = logits_of(mine, tiles[..., :head_dim], chunk, tensors, settings, scratch)
+            weights = weights_of(logits, chunk, settings, scratch)
             torch.bmm(weights, tiles[..., head_dim:], out=of_chunk(outputs, chunk))
             if settings.wants_lse:
                 sums[chunk.heads, chunk.tiles] = lse_of(logits, weights).view(
@@ -79,32 +82,40 @@ class LocalAttention(torch.autograd.Function):
         query, both = query_tiles(tensors.query, plan), torch.cat((tensors.key, tensors.value), dim=-1)
         head_dim = query.shape[-1]
         to_query = torch.empty_like(query, dtype=dtype)
-        to_both = torch.zeros_like(both, dtype=dtype).flatten(0, 1)
+        to_key = torch.zeros(tensors.key.shape, dtype=dtype, device=query.device)
+        to_value = torch.zeros(tensors.value.shape, dtype=dtype, device=query.device)
         to_bias = _BiasGradients(tensors, settings, ctx.needs_input_grad[4:])
+        scratch = Scratch(dtype, query.device)
         for chunk in chunks(tensors, plan):
-            mine, tiles = of_chunk(query, chunk).to(dtype), key_tiles(both, chunk, plan).to(dtype)
+            mine, tiles = of_chunk(query, chunk).to(dtype), key_tiles(both, chunk, plan, scratch)
             key, value = tiles[..., :head_dim], tiles[..., head_dim:]
-            logits = logits_of(mine, key, chunk, tensors, settings)
-            weights = weights_of(logits, chunk, settings)
+            logits = logits_of(mine, key, chunk, tensors, settings, scratch)
+            weights = weights_of(logits, chunk, settings, scratch)
             grad = of_chunk(above, chunk)
-            slope = torch.bmm(grad, value.transpose(1, 2))
+            slope = torch.bmm(grad, value.transpose(1, 2), out=scratch.take("slope", *logits.shape))
             if settings.normalize == "softmax":
                 slope.sub_(of_chunk(delta[..., None], chunk)).mul_(weights)
             else:
                 slope.mul_(_sigmoid_slope(logits, weights, settings))
             torch.bmm(slope, key, out=of_chunk(to_query, chunk))
-            to_keys = torch.bmm(slope.transpose(1, 2), mine).mul_(settings.scale)
-            to_tiles = torch.cat((to_keys, torch.bmm(weights.transpose(1, 2), grad)), dim=-1)
-            to_both.index_add_(0, key_index(chunk, tensors.key.shape[1], plan), to_tiles.flatten(0, 1))
+            index = key_index(chunk, tensors.key.shape[1], plan)
+            _scatter(to_key, index, slope, mine, scratch)
+            _scatter(to_value, index, weights, grad, scratch)
             to_bias.add(slope, chunk)
-        to_key, to_value = to_both.view(both.shape).split((head_dim, tensors.value.shape[-1]), dim=-1)
         return (
             None,
             from_query_tiles(to_query.mul_(settings.scale), plan).to(tensors.query.dtype),
-            to_key.to(tensors.key.dtype),
+            to_key.mul_(settings.scale).to(tensors.key.dtype),
             to_value.to(tensors.value.dtype),
             *to_bias.gradients(),
         )
+
+
+def _scatter(total: Tensor, index: Tensor, by_key: Tensor, rows: Tensor, scratch: Scratch) -> None:
+    """Add ``by_key^T rows`` of each tile, ``(x t, P + S, C)``, to the tokens ``(X, Nk, C)`` of its keys."""
+    tiles = scratch.take("to_keys", by_key.shape[0], by_key.shape[2], rows.shape[2])
+    torch.bmm(by_key.transpose(1, 2), rows, out=tiles)
+    total.view(-1, total.shape[-1]).index_add_(0, index, tiles.flatten(0, 1))
 
 
 def _sigmoid_slope(logits: Tensor, weights: Tensor, settings: Settings) -> Tensor:

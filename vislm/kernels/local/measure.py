@@ -8,6 +8,7 @@ from torch import Tensor
 from vislm.kernels.local.run import prepared
 from vislm.kernels.local.tiles import (
     Chunk,
+    Scratch,
     Settings,
     Tensors,
     chunks,
@@ -45,16 +46,17 @@ def local_statistics(request: AttentionRequest) -> Statistics:
     counts = _counts(request, tensors, settings)
     received = None if counts is None else query.new_zeros(*tensors.query.shape[:2], request.shape.num_keys)
     received = None if received is None else received.to(settings.dtype)
+    scratch, members = (Scratch(settings.dtype, query.device) for _ in range(2))
     for chunk in chunks(tensors, plan):
-        key = key_tiles(tensors.key, chunk, plan).to(settings.dtype)
-        logits = logits_of(of_chunk(query, chunk).to(settings.dtype), key, chunk, tensors, settings)
-        weights = weights_of(logits, chunk, settings)
+        key = key_tiles(tensors.key, chunk, plan, scratch)
+        logits = logits_of(of_chunk(query, chunk).to(settings.dtype), key, chunk, tensors, settings, scratch)
+        weights = weights_of(logits, chunk, settings, scratch)
         for name, rows in by_row.items():
             place = rows[chunk.heads, chunk.tiles]
             place.copy_(_row_statistic(name, logits, weights, settings).view(place.shape))
         if mass is not None and groups is not None:
             place = mass[chunk.heads, chunk.tiles]
-            place.copy_((weights @ key_tiles(groups, chunk, plan)).view(place.shape))
+            place.copy_((weights @ key_tiles(groups, chunk, plan, members)).view(place.shape))
         if received is not None and counts is not None:
             _receive(received, weights, counts, chunk, settings)
     batch, num_heads = request.shape[:2]

@@ -84,6 +84,21 @@ def chunks(tensors: Tensors, plan: Plan) -> Iterator[Chunk]:
             )
 
 
+class Scratch:
+    """Memory that the chunks of one pass share, because fresh memory costs a CPU more than the arithmetic on it."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._like = {"dtype": dtype, "device": device}
+        self._flat: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Return an uninitialised tensor; the same memory as the last one of this name where it is large enough."""
+        size = math.prod(shape)
+        if name not in self._flat or len(self._flat[name]) < size:
+            self._flat[name] = torch.empty(size, **self._like)
+        return self._flat[name][:size].view(shape)
+
+
 def query_tiles(tensor: Tensor, plan: Plan) -> Tensor:
     """Return ``(X, T, G, Q, ...)`` of a tensor ``(X, G, Nq, ...)`` over the grid's queries."""
     tiles = tensor.index_select(2, plan.queries.flatten()).unflatten(2, tuple(plan.queries.shape))
@@ -100,12 +115,18 @@ def of_chunk(tiles: Tensor, chunk: Chunk) -> Tensor:
     return tiles[chunk.heads, chunk.tiles].flatten(0, 1).flatten(1, 2)
 
 
-def key_tiles(tensor: Tensor, chunk: Chunk, plan: Plan) -> Tensor:
-    """Return ``(x t, P + S, ...)`` of a tensor ``(X, Nk, ...)`` over the keys."""
+def key_tiles(tensor: Tensor, chunk: Chunk, plan: Plan, scratch: Scratch) -> Tensor:
+    """Return ``(x t, P + S, C)`` of a tensor ``(X, Nk, C)`` over the keys, in the scratch's dtype."""
     index = plan.keys[chunk.tiles]
-    if chunk.heads.stop - chunk.heads.start == 1:
-        return tensor[chunk.heads.start].index_select(0, index.flatten()).unflatten(0, tuple(index.shape))
-    return tensor[chunk.heads].index_select(1, index.flatten()).unflatten(1, tuple(index.shape)).flatten(0, 1)
+    count, width = chunk.heads.stop - chunk.heads.start, tensor.shape[-1]
+    tiles = scratch.take("keys", count * len(index), index.shape[1], width)
+    if tensor.dtype != tiles.dtype:
+        tiles.copy_(tensor[chunk.heads].index_select(1, index.flatten()).view(tiles.shape))
+    elif count == 1:
+        torch.index_select(tensor[chunk.heads.start], 0, index.flatten(), out=tiles.view(-1, width))
+    else:
+        torch.index_select(tensor[chunk.heads], 1, index.flatten(), out=tiles.view(count, -1, width))
+    return tiles
 
 
 def key_index(chunk: Chunk, num_keys: int, plan: Plan) -> Tensor:
@@ -114,10 +135,13 @@ def key_index(chunk: Chunk, num_keys: int, plan: Plan) -> Tensor:
     return (heads[:, None, None] * num_keys + plan.keys[chunk.tiles]).flatten()
 
 
-def logits_of(query: Tensor, key: Tensor, chunk: Chunk, tensors: Tensors, settings: Settings) -> Tensor:
+def logits_of(
+    query: Tensor, key: Tensor, chunk: Chunk, tensors: Tensors, settings: Settings, scratch: Scratch
+) -> Tensor:
     """Return the logits ``(x t, G Q, P + S)`` of a chunk's queries ``(x t, G Q, D)`` and keys ``(x t, P + S, D)``."""
     shape = (chunk.heads.stop - chunk.heads.start, chunk.tiles.stop - chunk.tiles.start, tensors.query.shape[1])
-    logits = _additive_of(tensors.additive, shape, chunk, settings.plan)
+    logits = scratch.take("logits", len(query), query.shape[1], key.shape[1])
+    _start_with(tensors.additive, logits, shape, chunk, settings.plan)
     logits.baddbmm_(query, key.transpose(1, 2), alpha=settings.scale)
     tiled = logits.view(*shape, -1, logits.shape[-1])
     if tensors.key_logits is not None:
@@ -133,13 +157,16 @@ def logits_of(query: Tensor, key: Tensor, chunk: Chunk, tensors: Tensors, settin
     return logits
 
 
-def _additive_of(additive: Tensor, shape: tuple[int, int, int], chunk: Chunk, plan: Plan) -> Tensor:
-    """Return a new tensor (x t, G Q, P + S) of the chunk's mask and relative bias, (x, t, G) = shape."""
+def _start_with(additive: Tensor, logits: Tensor, shape: tuple[int, int, int], chunk: Chunk, plan: Plan) -> None:
+    """Write the mask and relative bias of a chunk of shape (x, t, G) into its logits (x t, G Q, P + S)."""
+    kind = plan.kind[chunk.tiles]
     heads, kinds, groups = additive.shape[:3]
-    head = torch.arange(chunk.heads.start, chunk.heads.stop, device=additive.device) % heads
-    group = torch.arange(shape[2], device=additive.device) % groups
-    index = ((head[:, None, None] * kinds + plan.kind[chunk.tiles][:, None]) * groups + group).flatten()
-    return additive.flatten(0, 2).index_select(0, index).view(shape[0] * shape[1], -1, additive.shape[-1])
+    if shape[0] * shape[2] > 1 or heads * groups > 1:
+        head = torch.arange(chunk.heads.start, chunk.heads.stop, device=additive.device) % heads
+        group = torch.arange(shape[2], device=additive.device) % groups
+        kind = ((head[:, None, None] * kinds + kind[:, None]) * groups + group).flatten()
+    table = additive.flatten(0, 2).flatten(1)
+    torch.index_select(table, 0, kind, out=logits.view(len(kind), -1))
 
 
 def axial_index(chunk: Chunk, axis: int, settings: Settings) -> Tensor:
@@ -152,10 +179,12 @@ def boxed(tiled: Tensor, plan: Plan) -> Tensor:
     return tiled[..., tiled.shape[-1] - math.prod(plan.spans) :].unflatten(-1, plan.spans)
 
 
-def weights_of(logits: Tensor, chunk: Chunk, settings: Settings) -> Tensor:
+def weights_of(logits: Tensor, chunk: Chunk, settings: Settings, scratch: Scratch) -> Tensor:
     """Return the weights of a chunk's logits ``(x t, G Q, P + S)``."""
     if settings.normalize == "softmax":
-        return masked_softmax(logits)[0] if settings.may_be_blind else torch.softmax(logits, dim=-1)
+        if settings.may_be_blind:
+            return masked_softmax(logits)[0]
+        return torch.softmax(logits, dim=-1, out=scratch.take("weights", *logits.shape))
     plan = settings.plan
     position = plan.queries[chunk.tiles] + plan.keys.shape[1] - math.prod(plan.spans)
     rows = logits.view(
