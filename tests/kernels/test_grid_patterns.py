@@ -173,7 +173,10 @@ QUERY = torch.zeros(1, 2, 45, 4)
         (
             {
                 "bias": HeadwiseBias(
-                    LowRankBias(torch.zeros(1, 1, 45, 3), torch.zeros(1, 1, 45, 3)), (0,), torch.zeros(1, 1, 45, 45), (0,)
+                    LowRankBias(torch.zeros(1, 1, 45, 3), torch.zeros(1, 1, 45, 3)),
+                    (0,),
+                    torch.zeros(1, 1, 45, 45),
+                    (0,),
                 )
             },
             "exactly once",

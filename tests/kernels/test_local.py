@@ -261,6 +261,17 @@ def test_tiles_stay_below_the_limit(monkeypatch) -> None:
     assert plan.queries.shape[1] * plan.keys.shape[1] <= plans.MAX_PAIRS
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_prefix_queries_do_not_see_the_zero_border(backend) -> None:
+    pattern = Blocked((4, 6), 2, 1, border="zero", prefix=2)
+    tensors = tensors_for(pattern)
+    wanted = StatisticsRequest(received=True, lse=True)
+    output, statistics = attend(*tensors, pattern=pattern, statistics=wanted, backend=backend)
+    dense, expected = attend(tensors[0][:, :, :2], *tensors[1:], statistics=wanted, backend="reference")
+    torch.testing.assert_close(output[:, :, :2], dense)
+    torch.testing.assert_close(statistics.lse[:, :, :2], expected.lse)
+
+
 def test_double_backward_is_refused() -> None:
     pattern = Neighborhood((5, 5), 3)
     query, key, value = (tensor.requires_grad_() for tensor in tensors_for(pattern))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def _check_grid_bias(bias: GridBias, pattern: Pattern, shape: Shape, head_dim: i
         for logits in bias.logits:
             if logits.shape[:-1] != full:
                 raise UsageError(f"AxialBias has logits of shape {tuple(logits.shape)}, expected {expected}")
-    _check_offsets(name, bias.origins, sizes, pattern, shape.device)
+    _check_offsets(name, bias.origins, sizes, pattern)
 
 
 def _sizes(
@@ -77,23 +79,25 @@ def _sizes(
     return tuple(tensor.shape[last] for tensor in given)
 
 
-def _check_offsets(
-    name: str, origins: tuple[int, ...], sizes: tuple[int, ...], pattern: GridPattern, device: torch.device
-) -> None:
+def _check_offsets(name: str, origins: tuple[int, ...], sizes: tuple[int, ...], pattern: GridPattern) -> None:
     if len(origins) != len(sizes):
         raise UsageError(f"{name}.origin={origins}, expected one index per axis of the grid {pattern.grid}")
     for axis, (origin, size) in enumerate(zip(origins, sizes, strict=True)):
-        position = torch.arange(pattern.query_grid[axis])
-        first, last = pattern.span(axis, position)
-        anchor, step = pattern.anchor(axis, position), pattern.step(axis)
-        low = int(((first - anchor) // step).min()) + origin
-        high = int(((last - anchor) // step).max()) + origin
-        if low < 0 or high >= size:
+        low, high = _offset_range(pattern, axis)
+        if low + origin < 0 or high + origin >= size:
             raise UsageError(
                 f"{name} has {size} entries along axis {axis} with relative position 0 at index {origin}, but the "
-                f"pattern {pattern} has relative positions from {low - origin} to {high - origin}; "
-                f"expected {high - low + 1} entries or more"
+                f"pattern {pattern} has relative positions from {low} to {high}; expected {high - low + 1} entries or more"
             )
+
+
+@lru_cache(maxsize=1024)
+def _offset_range(pattern: GridPattern, axis: int) -> tuple[int, int]:
+    """Return the smallest and largest relative position of a key that any query sees along an axis."""
+    position = torch.arange(pattern.query_grid[axis])
+    first, last = pattern.span(axis, position)
+    anchor, step = pattern.anchor(axis, position), pattern.step(axis)
+    return int(((first - anchor) // step).min()), int(((last - anchor) // step).max())
 
 
 def _check_factors(bias: LowRankBias, shape: Shape, num_heads: int) -> None:

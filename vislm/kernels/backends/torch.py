@@ -12,7 +12,7 @@ from vislm.kernels.fused import fused_output
 from vislm.kernels.local.axis import axis_of
 from vislm.kernels.local.measure import local_statistics
 from vislm.kernels.local.run import local_output
-from vislm.kernels.patterns import Dense, GridPattern
+from vislm.kernels.patterns import Dense, GridPattern, Masked
 from vislm.kernels.request import Answer, AttentionRequest
 from vislm.kernels.rows import row_output
 from vislm.kernels.statistics import Statistics
@@ -99,7 +99,13 @@ def _of_prefix_queries(request: AttentionRequest) -> AttentionRequest | None:
     where = None if wanted.received_where is None else wanted.received_where[:, :count]
     statistics = replace(wanted, rows=None, received_queries=None, received_where=where, output_norm=False)
     query = request.query[:, :, :count]
-    return replace(request, query=query, pattern=Dense(), bias=None, statistics=statistics)
+    seen = Dense()
+    if any(pattern.margin):  # the zero keys around the grid are none of theirs
+        key_index = torch.arange(request.shape.num_keys, device=query.device)[None]
+        seen = Masked(pattern.mask(torch.zeros_like(key_index[:, :1]), key_index)).fit(
+            request.shape._replace(num_queries=count)
+        )
+    return replace(request, query=query, pattern=seen, bias=None, statistics=statistics)
 
 
 def _joined(prefix: Statistics | None, grid: Statistics) -> Statistics:

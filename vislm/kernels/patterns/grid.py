@@ -97,14 +97,16 @@ class OnGrid:
         """Return the product of the axes' ranges, and True from and to prefix tokens; see :meth:`Pattern.mask`."""
         query, key = query_grid_index(self, query_index), key_index - self.prefix
         allowed = torch.ones_like(query, dtype=torch.bool) & torch.ones_like(key, dtype=torch.bool)
-        for axis in range(len(self.grid)):
+        inside = torch.ones_like(key, dtype=torch.bool)
+        for axis, size in enumerate(self.grid):
             position = query_coordinate(self, axis, query)
             first, last = self.span(axis, position)
             coordinate = key_coordinate(self, axis, key)
+            inside = inside & (coordinate >= 0) & (coordinate < size)
             allowed = allowed & (first <= coordinate) & (coordinate <= last)
             if self.step(axis) > 1:
                 allowed = allowed & ((coordinate - first) % self.step(axis) == 0)
-        return allowed | (query < 0) | (key < 0)
+        return torch.where(query < 0, inside, allowed) | (key < 0)
 
     def fit(self, shape: Shape) -> OnGrid:
         """Return itself after checking that the grid gives the call's numbers of queries and keys."""

@@ -1,0 +1,49 @@
+"""What the parts of a hierarchical backbone look like; they are ``nn.Module``s found by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Stem(Protocol):
+    """From an image to tokens."""
+
+    reduction: int
+    """Pixels per token along each side."""
+    first_conv: str
+    """Name of the convolution of the image, for timm."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Return tokens ``(B, N, C)`` and their grid for images ``(B, 3, H, W)``."""
+        ...
+
+    def macs(self, size: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """Return the multiply-adds for an image of ``size``, and the grid."""
+        ...
+
+
+class Downsampler(Protocol):
+    """Between two stages."""
+
+    def __call__(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+        """Return tokens ``(B, N / 4, C')`` and their grid, half the sides rounded up."""
+        ...
+
+    def macs(self, grid: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """Return the multiply-adds of one image, and the grid behind."""
+        ...
+
+
+class Branch(Protocol):
+    """A block's attention or feed-forward branch."""
+
+    def __call__(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Return ``(B, N, C)`` for x ``(B, N, C)``."""
+        ...
+
+    def macs(self, grid: Sequence[int]) -> int:
+        """Return the multiply-adds of one image."""
+        ...

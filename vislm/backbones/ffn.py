@@ -1,0 +1,30 @@
+"""Feed-forward branches of a block: ``forward(x, grid)`` with x ``(B, N, C)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))`` with a hidden width of ``int(ratio * dim)``."""
+
+    def __init__(self, dim: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, int(ratio * dim))
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(int(ratio * dim), dim)
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Return ``(B, N, C)``; the grid does not matter."""
+        return self.fc2(self.act(self.fc1(x)))
+
+    def macs(self, grid: Sequence[int]) -> int:
+        """Return the multiply-adds of one image."""
+        return math.prod(grid) * (self.fc1.weight.numel() + self.fc2.weight.numel())
+
+
+FFNS = {"mlp": Mlp}
+"""Name -> feed-forward branch."""

@@ -1,0 +1,145 @@
+"""The hierarchical skeleton: stem, stages of blocks with a downsampler in front, head. Everything else is a component.
+
+A plain ViT with mean pooling is the case of one stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vislm.attention import attention_class
+from vislm.attention.tokens import to_map, to_tokens
+from vislm.backbones.backbone import Backbone, DropPath, Head, drop_path_rates, initialize
+from vislm.backbones.components import Branch, Downsampler, Stem
+from vislm.backbones.config import HierarchicalConfig, StageConfig
+from vislm.backbones.downsamplers import DOWNSAMPLERS
+from vislm.backbones.ffn import FFNS
+from vislm.backbones.reading import found_in, make
+from vislm.backbones.stems import STEMS
+from vislm.errors import UsageError
+
+
+class Hierarchical(Backbone):
+    """A hierarchical vision transformer; see :class:`HierarchicalConfig`.
+
+    The state dict has timm's habits: ``stem, stages.i.downsample, stages.i.blocks.j.{norm1, attn, ls1, norm2, mlp,
+    ls2}, norm, head.fc``.
+    """
+
+    stem: Stem
+
+    def __init__(self, config: HierarchicalConfig) -> None:
+        stem = make("stem", found_in("stem", STEMS), config.stem, in_chans=config.in_chans, dim=config.stages[0].dim)
+        reductions = [stem.reduction * 2**index for index in range(len(config.stages))]
+        super().__init__(config, config.stages[-1].dim, reductions)
+        if len(config.stages) > 1 and config.downsample is None:
+            raise UsageError(f"{len(config.stages)} stages need a downsample between them; give its name")
+        self.stem = stem
+        rates = drop_path_rates(config.drop_path_rate, sum(stage.depth for stage in config.stages))
+        self.stages = nn.ModuleList()
+        for index, stage in enumerate(config.stages):
+            before = config.stages[index - 1].dim if index else None
+            self.stages.append(Stage(config, stage, before, rates[: stage.depth]))
+            rates = rates[stage.depth :]
+        self.norm = nn.LayerNorm(self.num_features)
+        self.head = Head(self.num_features, config.num_classes, config.drop_rate)
+        initialize(self)
+
+    def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield each stage's output ``(B, C_i, H_i, W_i)`` for images ``(B, 3, H, W)`` of any size."""
+        x, grid = self.stem(images)
+        for stage in self.stages:
+            x, grid = stage(x, grid)
+            yield to_map(x, grid)
+
+    def finish(self, features: Tensor) -> Tensor:
+        """Return the normalised tokens ``(B, N, C)`` of the last stage's map."""
+        return self.norm(to_tokens(features))
+
+    def macs(self, input_size: Sequence[int] = (224, 224)) -> int:
+        """Return the multiply-adds for one image: convolutions, linear maps and the products of attention."""
+        total, grid = self.stem.macs(input_size)
+        for stage in self.stages:
+            cost, grid = cast(Stage, stage).macs(grid)
+            total += cost
+        return total + self.num_features * self.num_classes
+
+
+class Stage(nn.Module):
+    """A downsampler (but for the first stage) and blocks of one width."""
+
+    downsample: Downsampler | None
+
+    def __init__(
+        self, config: HierarchicalConfig, stage: StageConfig, dim_before: int | None, rates: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.downsample = None
+        if dim_before is not None and config.downsample is not None:
+            find = found_in("downsample", DOWNSAMPLERS)
+            self.downsample = make("downsample", find, config.downsample, dim=dim_before, dim_out=stage.dim)
+        own = islice(cycle(stage.blocks), stage.depth)
+        mixers = [dict(options) if "name" in options else {**config.mixer, **options} for options in own]
+        self.blocks = nn.ModuleList(
+            Block(config, stage, mixer, rate) for mixer, rate in zip(mixers, rates, strict=True)
+        )
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
+        """Return the stage's tokens ``(B, N, C)`` and their grid."""
+        if self.downsample is not None:
+            x, grid = self.downsample(x, grid)
+        for block in self.blocks:
+            x = block(x, grid)
+        return x, grid
+
+    def macs(self, grid: Sequence[int]) -> tuple[int, Sequence[int]]:
+        """Return the multiply-adds of one image, and the stage's grid."""
+        total = 0
+        if self.downsample is not None:
+            total, grid = self.downsample.macs(grid)
+        return total + sum(cast(Block, block).macs(grid) for block in self.blocks), grid
+
+
+class Block(nn.Module):
+    """``x + ls1(attn(norm1 x))``, then ``x + ls2(mlp(norm2 x))``; each branch may be dropped in training."""
+
+    attn: Branch
+    mlp: Branch
+
+    def __init__(
+        self, config: HierarchicalConfig, stage: StageConfig, mixer: Mapping[str, Any], drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(stage.dim)
+        self.attn = cast(Branch, make("mixer", attention_class, mixer, dim=stage.dim, num_heads=stage.num_heads))
+        self.ls1 = nn.Identity() if config.layer_scale is None else LayerScale(stage.dim, config.layer_scale)
+        self.norm2 = nn.LayerNorm(stage.dim)
+        self.mlp = make("ffn", found_in("ffn", FFNS), config.ffn, dim=stage.dim)
+        self.ls2 = nn.Identity() if config.layer_scale is None else LayerScale(stage.dim, config.layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Return the block's tokens ``(B, N, C)``."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x), grid)))
+
+    def macs(self, grid: Sequence[int]) -> int:
+        """Return the multiply-adds of one image."""
+        return self.attn.macs(grid) + self.mlp.macs(grid)
+
+
+class LayerScale(nn.Module):
+    """Multiplies each channel by a learned ``gamma (C,)``."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``gamma * x`` for x ``(..., C)``."""
+        return self.gamma * x

@@ -1,0 +1,60 @@
+"""The variants as timm models: ``timm.create_model("nat_tiny")``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vislm.backbones.config import HierarchicalConfig
+from vislm.backbones.factory import create_model
+from vislm.backbones.stems import STEMS
+from vislm.backbones.variants import Variant, list_models, variant
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_REGISTERED: dict[str, str] = {}
+
+
+def register_timm() -> dict[str, str]:
+    """Register every variant with timm, once, and return our name -> timm's name.
+
+    They are the same, but where timm has a model of that name: then ours is ``vislm_<name>``.
+    ``timm.list_models(module="timm_names")`` lists them.
+    """
+    if not _REGISTERED:
+        import timm
+
+        for name in list_models():
+            _REGISTERED[name] = f"vislm_{name}" if timm.is_model(name) else name
+        for name, registered in _REGISTERED.items():
+            default_cfgs[registered] = _preprocessing(variant(name))
+            timm.models.register_model(_entry(name, registered))
+    return dict(_REGISTERED)
+
+
+default_cfgs: dict[str, dict[str, Any]] = {}
+"""timm's name -> its preprocessing; timm looks here."""
+
+
+def _preprocessing(entry: Variant) -> dict[str, Any]:
+    side = entry.published.input_size
+    config, first = entry.config, "stem.conv1.conv"
+    if isinstance(config, HierarchicalConfig):
+        first = f"stem.{STEMS[config.stem['name']].first_conv}"
+    return {"input_size": (3, side, side), "crop_pct": 0.875, "first_conv": first, "classifier": "head.fc"}
+
+
+def _entry(name: str, registered: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **options: Any) -> nn.Module:
+        from timm.models import build_model_with_cfg
+
+        def build(**fields: Any) -> nn.Module:
+            return create_model(name, **fields)
+
+        stages = range(len(variant(name).config.stages))
+        features = {"feature_cls": "getter", "out_indices": tuple(stages)}
+        return build_model_with_cfg(build, registered, pretrained, feature_cfg=features, **options)
+
+    create.__name__, create.__module__ = registered, __name__
+    return create
