@@ -47,3 +47,15 @@ class Branch(Protocol):
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""
         ...
+
+
+class Block(Protocol):
+    """Attention and feed-forward branch of one layer, with their norms and shortcuts."""
+
+    def __call__(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        """Return ``(B, N, C)`` for x ``(B, N, C)``."""
+        ...
+
+    def macs(self, grid: Sequence[int]) -> int:
+        """Return the multiply-adds of one image."""
+        ...

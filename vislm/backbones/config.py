@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Component = Mapping[str, Any]
@@ -35,6 +35,7 @@ class HierarchicalConfig:
     Args:
         stages: widths, depths and heads.
         stem: image to tokens; see ``vislm.backbones.stems``.
+        block: how a layer puts its two branches together; see ``vislm.backbones.blocks``.
         downsample: between two stages; see ``vislm.backbones.downsamplers``.
         mixer: an attention of ``vislm.attention`` and its options.
         ffn: the blocks' second branch; see ``vislm.backbones.ffn``.
@@ -49,6 +50,7 @@ class HierarchicalConfig:
     stem: Component
     mixer: Component
     ffn: Component
+    block: Component = field(default_factory=lambda: {"name": "pre_norm"})
     downsample: Component | None = None
     layer_scale: float | None = None
     drop_path_rate: float = 0.0

@@ -5,20 +5,18 @@ A plain ViT with mean pooling is the case of one stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
-from typing import Any, cast
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from vislm.attention import attention_class
 from vislm.attention.tokens import to_map, to_tokens
-from vislm.backbones.backbone import Backbone, DropPath, Head, drop_path_rates, initialize
-from vislm.backbones.components import Branch, Downsampler, Stem
+from vislm.backbones.backbone import Backbone, Head, drop_path_rates, initialize
+from vislm.backbones.blocks import BLOCKS
+from vislm.backbones.components import Block, Downsampler, Stem
 from vislm.backbones.config import HierarchicalConfig, StageConfig
 from vislm.backbones.downsamplers import DOWNSAMPLERS
-from vislm.backbones.ffn import FFNS
 from vislm.backbones.reading import found_in, make
 from vislm.backbones.stems import STEMS
 from vislm.errors import UsageError
@@ -85,8 +83,10 @@ class Stage(nn.Module):
             self.downsample = make("downsample", find, config.downsample, dim=dim_before, dim_out=stage.dim)
         own = islice(cycle(stage.blocks), stage.depth)
         mixers = [dict(options) if "name" in options else {**config.mixer, **options} for options in own]
+        find = found_in("block", BLOCKS)
         self.blocks = nn.ModuleList(
-            Block(config, stage, mixer, rate) for mixer, rate in zip(mixers, rates, strict=True)
+            make("block", find, config.block, config=config, stage=stage, mixer=mixer, drop_path=rate)
+            for mixer, rate in zip(mixers, rates, strict=True)
         )
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
@@ -103,43 +103,3 @@ class Stage(nn.Module):
         if self.downsample is not None:
             total, grid = self.downsample.macs(grid)
         return total + sum(cast(Block, block).macs(grid) for block in self.blocks), grid
-
-
-class Block(nn.Module):
-    """``x + ls1(attn(norm1 x))``, then ``x + ls2(mlp(norm2 x))``; each branch may be dropped in training."""
-
-    attn: Branch
-    mlp: Branch
-
-    def __init__(
-        self, config: HierarchicalConfig, stage: StageConfig, mixer: Mapping[str, Any], drop_path: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(stage.dim)
-        self.attn = cast(Branch, make("mixer", attention_class, mixer, dim=stage.dim, num_heads=stage.num_heads))
-        self.ls1 = nn.Identity() if config.layer_scale is None else LayerScale(stage.dim, config.layer_scale)
-        self.norm2 = nn.LayerNorm(stage.dim)
-        self.mlp = make("ffn", found_in("ffn", FFNS), config.ffn, dim=stage.dim)
-        self.ls2 = nn.Identity() if config.layer_scale is None else LayerScale(stage.dim, config.layer_scale)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        """Return the block's tokens ``(B, N, C)``."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x), grid)))
-
-    def macs(self, grid: Sequence[int]) -> int:
-        """Return the multiply-adds of one image."""
-        return self.attn.macs(grid) + self.mlp.macs(grid)
-
-
-class LayerScale(nn.Module):
-    """Multiplies each channel by a learned ``gamma (C,)``."""
-
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``gamma * x`` for x ``(..., C)``."""
-        return self.gamma * x

@@ -34,7 +34,8 @@ def read(cls: type[T], content: object, where: str) -> T:
     for key in content:
         if key not in fields:
             raise UnknownName(f"key of {where}", str(key), fields)
-    missing = [n for n, f in fields.items() if n not in content and f.default is dataclasses.MISSING]
+    unset = dataclasses.MISSING
+    missing = [n for n, f in fields.items() if n not in content and f.default is unset and f.default_factory is unset]
     if missing:
         raise UsageError(f"{where} lacks {', '.join(missing)}")
     return cls(**{key: _value(hints[key], entry, f"{where}: {key}") for key, entry in content.items()})
