@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vislm.kernels import Causal, Dense, Masked, Padded, StatisticsRequest
+
+sys.path.insert(0, str(Path(__file__).parent))  # attention_textbook and attention_cases
 
 
 @dataclass(frozen=True)
@@ -166,3 +171,14 @@ def flatten() -> Callable[[Any], dict[str, Tensor]]:
         return fields | {f"mass.{name}": entry for name, entry in (statistics.mass or {}).items()}
 
     return tensors
+
+
+@pytest.fixture
+def on_pretended_gpu() -> Callable[..., Any]:
+    """Return a function's result for ``device="cuda"`` where tensors have sizes, dtypes and devices, but no numbers."""
+
+    def make(function: Callable[[str], Any]) -> Any:
+        with FakeTensorMode():
+            return function("cuda")
+
+    return make

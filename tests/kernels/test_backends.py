@@ -30,12 +30,22 @@ def calls(monkeypatch):
 
 
 def test_the_table_prefers_speed_and_ends_with_the_reference() -> None:
-    assert list(BACKENDS) == ["torch", "reference"]
+    assert list(BACKENDS) == ["triton", "natten", "xformers", "flex", "torch", "reference"]
 
 
 def test_the_first_that_supports_the_call_runs(calls, make) -> None:
     attend(*make().tensors)
     assert calls == ["quick"]
+
+
+def test_a_backend_may_wait_to_be_asked_for(calls, make, monkeypatch) -> None:
+    from vislm.kernels.backends import BACKENDS as TABLE
+
+    monkeypatch.setattr(TABLE["quick"], "only_when_forced", lambda request: "is slow here", raising=False)
+    attend(*make().tensors)
+    attend(*make().tensors, backend="quick")
+    assert calls == ["slow", "quick"]
+    assert explain(*make().tensors).reasons["quick"] == "only when forced: is slow here"
 
 
 def test_an_argument_forces_and_goes_before_the_environment(calls, make, monkeypatch) -> None:

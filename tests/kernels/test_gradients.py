@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vislm.kernels import BACKENDS, StatisticsRequest, attend, merge
+from vislm.kernels import StatisticsRequest, attend, merge
 
 PATTERNS = ("dense", "causal", "padded", "padded_causal", "masked")
 INPUTS = ("query", "key", "value", "bias", "key_logits")
@@ -28,7 +28,7 @@ def gradients(problem, cotangent: Tensor, backend: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [(63, 63), (17, 63)], ids=["self", "cross"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_output(backend, pattern, tokens, dtype, make, plain) -> None:
     problem = make(pattern, tokens=tokens, extras=True, dtype=dtype)
     cotangent = torch.randn(problem.query.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_output(backend, pattern, tokens, dtype, make, plain) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["dense", "causal"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_fused_call(backend, pattern, make, plain) -> None:
     """Without bias the torch backend takes its fused path, whose gradient is the kernel's own."""
     problem = make(pattern)
@@ -58,7 +58,7 @@ def test_fused_call(backend, pattern, make, plain) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_finite_differences(backend, pattern, make) -> None:
     """Also of the statistics, and with queries that see nothing: zero gradients there, not NaN."""
     problem = make(pattern, tokens=(5, 6), heads=(2, 1), dims=(3, 4), extras=True, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_kernels_that_give_nan_for_unseeing_queries(extras, make, monkeypatch) -
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_head_scale_and_received_queries(backend, make) -> None:
     problem = make("padded_causal", tokens=(5, 6), heads=(2, 1), dims=(3, 4), dtype=torch.float64)
     query, key, value = (tensor.requires_grad_() for tensor in problem.tensors)

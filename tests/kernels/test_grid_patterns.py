@@ -182,6 +182,10 @@ QUERY = torch.zeros(1, 2, 45, 4)
             "exactly once",
         ),
         ({"normalize": Sigmoid(bias=float("nan"))}, "finite"),
+        (
+            {"pattern": Blocked((5, 9), (5, 3), border="zero"), "normalize": Sigmoid(row_norm="length")},
+            "row_norm='length'",
+        ),
         ({"normalize": "sigmoid", "statistics": StatisticsRequest(lse=True)}, "no log-sum-exp"),
     ],
 )

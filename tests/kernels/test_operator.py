@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vislm.kernels import BACKENDS, Attended, Causal, Masked, Padded, StatisticsRequest, attend
+from vislm.kernels import Attended, Causal, Masked, Padded, StatisticsRequest, attend
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", ["torch", "reference"])
 
 
 @backends
@@ -149,7 +149,7 @@ def test_decoding_gives_the_last_rows_of_the_prefill(backend, make) -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
-@given(seed=st.integers(0, 100), backend=st.sampled_from(list(BACKENDS)))
+@given(seed=st.integers(0, 100), backend=st.sampled_from(["torch", "reference"]))
 def test_shuffled_keys_give_the_same_output(make, seed, backend) -> None:
     query, key, value = make(tokens=(5, 11), seed=seed).tensors
     order = torch.randperm(11, generator=torch.Generator().manual_seed(seed))

@@ -87,7 +87,8 @@ def _check_offsets(name: str, origins: tuple[int, ...], sizes: tuple[int, ...], 
         if low + origin < 0 or high + origin >= size:
             raise UsageError(
                 f"{name} has {size} entries along axis {axis} with relative position 0 at index {origin}, but the "
-                f"pattern {pattern} has relative positions from {low} to {high}; expected {high - low + 1} entries or more"
+                f"pattern {pattern} has relative positions from {low} to {high}; expected {high - low + 1} entries "
+                "or more"
             )
 
 

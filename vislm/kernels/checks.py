@@ -12,7 +12,7 @@ from vislm.errors import UsageError
 from vislm.kernels.bias import Bias
 from vislm.kernels.bias_checks import checked_bias
 from vislm.kernels.normalization import Sigmoid, checked_normalization
-from vislm.kernels.patterns import PATTERNS, Pattern
+from vislm.kernels.patterns import PATTERNS, Blocked, Pattern
 from vislm.kernels.request import AttentionRequest, CheckedStatistics
 from vislm.kernels.shapes import Shape, check_bool, check_floating, four_axes
 from vislm.kernels.statistics import StatisticsRequest
@@ -38,6 +38,7 @@ def checked_request(
     shape = Shape(query.shape[0], query.shape[1], query.shape[2], key.shape[2], query.device)
     pattern = _fitted(pattern, shape)
     normalization = checked_normalization(normalize, key.shape[2])
+    _check_row_norm(normalization, pattern)
     return AttentionRequest(
         query=query,
         key=key,
@@ -131,6 +132,16 @@ def _checked_scale(scale: float | None, head_dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise UsageError(f"{scale=}, expected a finite number, or None for head_dim ** -0.5")
     return float(scale)
+
+
+def _check_row_norm(normalize: str | Sigmoid, pattern: Pattern) -> None:
+    if normalize == "softmax" or isinstance(normalize, str) or normalize.row_norm is None:
+        return
+    if isinstance(pattern, Blocked) and (pattern.border == "zero" or max(pattern.query_stride) > 1):
+        raise UsageError(
+            f"row_norm={normalize.row_norm!r} counts the tokens up to a query's own, which {pattern} does not define; "
+            "use row_norm=None"
+        )
 
 
 def _checked_key_logits(key_logits: Tensor | None, shape: Shape) -> Tensor | None:

@@ -87,7 +87,10 @@ def _with_zero_keys(request: AttentionRequest, pattern: Blocked) -> tuple[Attent
     kept = inner.nonzero().squeeze(1)
 
     def spread(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.shape[-1] == 1 else _surrounded(tensor, pattern, axis=-1)
+        if tensor is None:
+            return None
+        whole = tensor.expand(*tensor.shape[:-1], request.shape.num_keys)  # zero keys get nothing of a shared logit
+        return _surrounded(whole, pattern, axis=-1)
 
     mass = request.statistics.mass
     statistics = replace(
@@ -118,7 +121,9 @@ def _with_zero_keys(request: AttentionRequest, pattern: Blocked) -> tuple[Attent
 
 def _surrounded(tensor: Tensor, pattern: Blocked, axis: int) -> Tensor:
     """Return the tensor with zero keys around the grid, which lies along ``axis`` behind the prefix tokens."""
-    moved = tensor.movedim(axis, -1)
-    prefix, grid = moved[..., : pattern.prefix], moved[..., pattern.prefix :].unflatten(-1, pattern.grid)
+    axis = axis % tensor.ndim
+    prefix, grid = tensor.split((pattern.prefix, tensor.shape[axis] - pattern.prefix), dim=axis)
     sides = [side for margin in reversed(pattern.margin) for side in (margin, margin)]
-    return torch.cat((prefix, pad(grid, sides).flatten(-len(pattern.grid))), dim=-1).movedim(-1, axis)
+    behind = [0, 0] * (tensor.ndim - 1 - axis)
+    padded = pad(grid.unflatten(axis, pattern.grid), behind + sides).flatten(axis, axis + len(pattern.grid) - 1)
+    return torch.cat((prefix, padded), dim=axis) if pattern.prefix else padded

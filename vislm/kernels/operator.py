@@ -18,6 +18,7 @@ from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.patterns import Dense, Pattern
 from vislm.kernels.request import Answer, AttentionRequest
 from vislm.kernels.statistics import Statistics, StatisticsRequest
+from vislm.kernels.traced import Options, is_traced, traced
 
 _DENSE = Dense()
 
@@ -108,6 +109,9 @@ def attend(
         UnknownName: an unknown ``backend`` or ``normalize``.
         BackendUnavailable: the forced backend cannot run this call.
     """
+    options = Options(pattern, bias, key_logits, scale, normalize, backend)
+    if statistics is None and head_scale is None and is_traced(options):
+        return traced(autocasted(query), autocasted(key), autocasted(value), options)
     request = _request(query, key, value, pattern, bias, scale, normalize, statistics, key_logits)
     factors = checked_head_scale(head_scale, request.shape)
     answer = _run(request, backend)

@@ -1,7 +1,8 @@
 """The backends in order of preference, and the choice between them.
 
 A backend is a module with ``supports(request) -> str | None`` (why it cannot run the request, None = it can) and
-``run(request) -> Answer``. Adding one is one new file and one row of ``BACKENDS``.
+``run(request) -> Answer``. Where another one is faster, it may also say ``only_when_forced(request) -> str | None``.
+Adding one is one new file and one row of ``BACKENDS``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vislm.errors import BackendUnavailable, UnknownName
-from vislm.kernels.backends import reference
+from vislm.kernels.backends import flex, natten, reference, triton, xformers
 from vislm.kernels.backends import torch as torch_backend
 from vislm.kernels.request import Answer, AttentionRequest
 
@@ -32,6 +33,10 @@ class Backend(Protocol):
 
 
 BACKENDS: Mapping[str, Backend] = {
+    "triton": triton,
+    "natten": natten,
+    "xformers": xformers,
+    "flex": flex,
     "torch": torch_backend,
     "reference": reference,
 }
@@ -63,7 +68,9 @@ def explain_choice(request: AttentionRequest, backend: str | None = None) -> Exp
     chosen: str | None = None
     reasons: dict[str, str | None] = {}
     for name, candidate in BACKENDS.items():
-        reason = candidate.supports(request)
+        reason = _passed_over(candidate, request) if forced != name else None
+        if reason is None:
+            reason = candidate.supports(request)
         if reason is None and forced not in (None, name):
             reason = f"could run; {forced!r} is forced"
         elif reason is None and chosen is not None:
@@ -83,9 +90,16 @@ def choose(request: AttentionRequest, backend: str | None = None) -> Backend:
             raise BackendUnavailable(f"backend {forced!r} (forced by {forced_by}) cannot run this call: {reason}")
         return BACKENDS[forced]
     for candidate in BACKENDS.values():
-        if candidate.supports(request) is None:
+        if _passed_over(candidate, request) is None and candidate.supports(request) is None:
             return candidate
     raise BackendUnavailable(f"no backend can run this call:\n{explain_choice(request)}")
+
+
+def _passed_over(candidate: Backend, request: AttentionRequest) -> str | None:
+    """Return why a backend is not chosen by itself although it may be able to run the request."""
+    only_when_forced = getattr(candidate, "only_when_forced", None)
+    reason = None if only_when_forced is None else only_when_forced(request)
+    return None if reason is None else f"only when forced: {reason}"
 
 
 def _forced(backend: str | None) -> tuple[str | None, str | None]:

@@ -15,7 +15,6 @@ from vislm.kernels.local.tiles import (
     Settings,
     Tensors,
     axial_index,
-    boxed,
     chunks,
     from_query_tiles,
     key_index,
@@ -154,12 +153,12 @@ class _BiasGradients:
         if key_logits is not None:
             of_keys = tiled.sum(3).transpose(1, 2).flatten(2)
             key_logits[chunk.heads].index_add_(2, plan.keys[chunk.tiles].flatten(), of_keys)
-        for axis, total in enumerate(axial):
+        if not any(total is not None for total in axial):
+            return
+        by_axis = (tiled @ plan.selector.to(tiled.dtype).t()).split(plan.spans, dim=-1)
+        for axis, (total, along) in enumerate(zip(axial, by_axis, strict=True)):
             if total is None:
                 continue
-            box = boxed(tiled, plan)
-            others = [4 + other for other in range(len(plan.spans)) if other != axis]
-            along = box.sum(others) if others else box
             entries = torch.zeros(*along.shape[:4], total.shape[-1], dtype=total.dtype, device=total.device)
             entries.scatter_add_(-1, axial_index(chunk, axis, self._settings).expand_as(along), along)
             real = entries * plan.real[chunk.tiles][:, None, :, None]

@@ -31,6 +31,8 @@ class Plan:
         allowed: ``(kinds, Q, P + S)`` bool.
         offsets: per axis ``(kinds, Q, S_axis)`` int64, relative position of key and query.
         spans: ``S`` of each axis; their product is ``S``.
+        selector: ``(sum of spans, P + S)`` zeros and ones: which keys of a tile have which coordinate in its box, so
+            that logits of single axes are spread over a box by one matrix product.
     """
 
     queries: Tensor
@@ -41,6 +43,7 @@ class Plan:
     allowed: Tensor
     offsets: tuple[Tensor, ...]
     spans: tuple[int, ...]
+    selector: Tensor
 
 
 @lru_cache(maxsize=64)
@@ -65,6 +68,7 @@ def plan_for(pattern: GridPattern, device: torch.device, tile: tuple[int, ...] |
         seen.to(device),
         tuple(offset.to(device) for offset in _offsets(axes)),
         tuple(axis.keys.shape[1] for axis in axes),
+        _selector([axis.keys.shape[1] for axis in axes], pattern.prefix).to(device),
     )
 
 
@@ -125,3 +129,11 @@ def _offsets(axes: list[AxisTiles]) -> list[Tensor]:
         offset = offset.expand(before_kinds, -1, after_kinds, before, -1, after, -1)
         results.append(offset.flatten(3, 5).flatten(0, 2))
     return results
+
+
+def _selector(spans: list[int], prefix: int) -> Tensor:
+    """Return for each axis and coordinate of a box which of its keys have it, (sum of spans, P + S)."""
+    coordinates = torch.meshgrid([torch.arange(span) for span in spans], indexing="ij")
+    parts = [torch.arange(span)[:, None] == place.flatten() for span, place in zip(spans, coordinates, strict=True)]
+    grid = torch.cat(parts).float()
+    return torch.cat((grid.new_zeros(len(grid), prefix), grid), dim=1)

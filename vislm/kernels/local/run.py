@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from vislm.kernels.bias import AxialBias, RelativeBias
+from vislm.kernels.bias import AxialBias, RelativeBias, tensors_of
 from vislm.kernels.bias_rows import grid_sizes
 from vislm.kernels.local.function import LocalAttention
 from vislm.kernels.local.plan import Plan, plan_for
@@ -53,7 +53,7 @@ def prepared(request: AttentionRequest, value: Tensor, wants_lse: bool) -> tuple
         key_logits,
         tuple(logits.reshape(*split, *logits.shape[2:]) for logits in axial),
     )
-    may_be_blind = request.key_logits is not None or bias is not None
+    may_be_blind = request.key_logits is not None or _may_hide(bias)
     origin = bias.origin if isinstance(bias, AxialBias) else ()
     return Settings(plan, request.scale, request.normalize, origin, may_be_blind, wants_lse, request.dtype), tensors
 
@@ -76,3 +76,10 @@ def _additive(plan: Plan, bias: RelativeBias | None, key_heads: int, dtype: torc
     entries = torch.cat((entries.new_zeros(*entries.shape[:3], keys - math.prod(plan.spans)), entries), dim=-1)
     heads = (key_heads, -1) if len(entries) > 1 else (1, 1)
     return entries.unflatten(0, heads).transpose(1, 2) + hidden
+
+
+def _may_hide(bias: object) -> bool:
+    """Return whether a bias may hide keys by ``-inf``; looking is cheap on a CPU and stalls other devices."""
+    if not isinstance(bias, (RelativeBias, AxialBias)):
+        return False
+    return any(tensor.device.type != "cpu" or bool(tensor.isneginf().any()) for tensor in tensors_of(bias))

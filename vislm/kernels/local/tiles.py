@@ -101,13 +101,14 @@ class Scratch:
 
 def query_tiles(tensor: Tensor, plan: Plan) -> Tensor:
     """Return ``(X, T, G, Q, ...)`` of a tensor ``(X, G, Nq, ...)`` over the grid's queries."""
-    tiles = tensor.index_select(2, plan.queries.flatten()).unflatten(2, tuple(plan.queries.shape))
-    return tiles.transpose(1, 2).contiguous()
+    tiles = tensor.flatten(0, 1).index_select(1, plan.queries.flatten()).unflatten(1, tuple(plan.queries.shape))
+    return tiles.unflatten(0, tensor.shape[:2]).transpose(1, 2).contiguous()
 
 
 def from_query_tiles(tiles: Tensor, plan: Plan) -> Tensor:
     """Return ``(X, G, Nq, ...)`` of the tiles ``(X, T, G, Q, ...)``; what repeated queries gave is left out."""
-    return tiles.transpose(1, 2).flatten(2, 3).index_select(2, plan.slot)
+    by_head = tiles.transpose(1, 2).flatten(2, 3)
+    return by_head.flatten(0, 1).index_select(1, plan.slot).unflatten(0, by_head.shape[:2])
 
 
 def of_chunk(tiles: Tensor, chunk: Chunk) -> Tensor:
@@ -147,13 +148,10 @@ def logits_of(
     if tensors.key_logits is not None:
         of_keys = tensors.key_logits[chunk.heads].index_select(2, settings.plan.keys[chunk.tiles].flatten())
         tiled += of_keys.unflatten(2, (shape[1], -1)).transpose(1, 2).unsqueeze(3)
-    for axis, of_axis in enumerate(tensors.axial):
-        mine = of_axis[chunk.heads].index_select(2, settings.plan.queries[chunk.tiles].flatten())
-        mine = mine.unflatten(2, (shape[1], -1)).transpose(1, 2).to(tiled.dtype)
-        index = axial_index(chunk, axis, settings).expand(*mine.shape[:4], -1)
-        view = [1] * len(settings.plan.spans)
-        view[axis] = -1
-        boxed(tiled, settings.plan).add_(mine.gather(-1, index).unflatten(-1, view))
+    if tensors.axial:
+        entries = [_axial_entries(of_axis, axis, chunk, settings) for axis, of_axis in enumerate(tensors.axial)]
+        selector = settings.plan.selector.to(logits.dtype)
+        logits.view(-1, logits.shape[-1]).addmm_(torch.cat(entries, dim=-1).flatten(0, -2), selector)
     return logits
 
 
@@ -171,12 +169,16 @@ def _start_with(additive: Tensor, logits: Tensor, shape: tuple[int, int, int], c
 
 def axial_index(chunk: Chunk, axis: int, settings: Settings) -> Tensor:
     """Return the index ``(1, t, 1, Q, S_axis)`` of each key's relative position in the axial logits."""
-    return (settings.plan.offsets[axis][settings.plan.kind[chunk.tiles]] + settings.origin[axis])[None, :, None]
+    offset = settings.plan.offsets[axis].index_select(0, settings.plan.kind[chunk.tiles])
+    return (offset + settings.origin[axis])[None, :, None]
 
 
-def boxed(tiled: Tensor, plan: Plan) -> Tensor:
-    """Return the view ``(x, t, G, Q, S_1, .., S_n)`` of the grid's keys in ``(x, t, G, Q, P + S)``."""
-    return tiled[..., tiled.shape[-1] - math.prod(plan.spans) :].unflatten(-1, plan.spans)
+def _axial_entries(of_axis: Tensor, axis: int, chunk: Chunk, settings: Settings) -> Tensor:
+    """Return ``(x, t, G, Q, S_axis)``, the logit of each query and coordinate of its box along one axis."""
+    queries = settings.plan.queries[chunk.tiles]
+    mine = of_axis[chunk.heads].index_select(2, queries.flatten()).unflatten(2, tuple(queries.shape)).transpose(1, 2)
+    mine = mine.to(settings.dtype)
+    return mine.gather(-1, axial_index(chunk, axis, settings).expand(*mine.shape[:4], -1))
 
 
 def weights_of(logits: Tensor, chunk: Chunk, settings: Settings, scratch: Scratch) -> Tensor:
