@@ -117,8 +117,9 @@ def _check_heads_first(named: dict[str, Tensor]) -> None:
 
 
 def _fitted(pattern: Pattern, shape: Shape) -> Pattern:
-    if isinstance(pattern, type) or not isinstance(pattern, Pattern):
-        names = ", ".join(known.__name__ for known in PATTERNS)
+    known = isinstance(pattern, PATTERNS)  # asked first because looking at a protocol is slow
+    if not known and (isinstance(pattern, type) or not isinstance(pattern, Pattern)):
+        names = ", ".join(one.__name__ for one in PATTERNS)
         hint = f"; use an instance: {pattern.__name__}(...)" if isinstance(pattern, type) else ""
         raise UsageError(
             f"unknown pattern {pattern!r}, expected one of {names}, or an object with mask() and fit(){hint}"

@@ -26,6 +26,8 @@ def fused_output(request: AttentionRequest, value: Tensor) -> Tensor:
     # Unequal head sizes have no fused kernel everywhere; PyTorch would build the whole matrix. Zeros change nothing.
     width = value.shape[-1]
     extra = width - request.query.shape[-1]
+    if extra == 0:
+        return _of_equal_sizes(request, value)
     value = pad(value, (0, max(0, -extra)))
     query, key = (pad(tensor, (0, max(0, extra))) for tensor in (request.query, request.key))
     return _of_equal_sizes(replace(request, query=query, key=key), value)[..., :width]

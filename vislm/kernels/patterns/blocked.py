@@ -9,13 +9,13 @@ from typing import Literal
 from torch import Tensor
 
 from vislm.errors import UnknownName, UsageError
-from vislm.kernels.patterns.grid import OnGrid, checked_grid, checked_prefix, per_axis
+from vislm.kernels.patterns.grid import GridPattern, checked_grid, checked_prefix, per_axis
 
 BORDERS = ("mask", "zero")
 
 
 @dataclass(frozen=True)
-class Blocked(OnGrid):
+class Blocked(GridPattern):
     """Haloed block attention on a 1-D, 2-D or 3-D grid.
 
     Args:

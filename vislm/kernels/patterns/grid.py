@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,58 +15,17 @@ from vislm.kernels.shapes import Shape
 MAX_AXES = 3
 
 
-@runtime_checkable
-class GridPattern(Protocol):
+class GridPattern:
     """A pattern over a grid of 1, 2 or 3 axes, flattened row-major (last axis fastest) behind ``prefix`` tokens.
 
-    The keys of a query are the product of one range per axis, ``first, first + step, ..., last``; that range is the
-    whole definition, and masks, tiles and fused kernels all derive from it. Prefix tokens (class, register and text
-    tokens) are seen by every query and see every key.
+    The keys of a query are the product of one range per axis, ``first, first + step, ..., last``. A subclass is a
+    frozen dataclass that defines these ranges by :meth:`span`; masks, tiles and fused kernels all derive from them.
+    Prefix tokens (class, register and text tokens) are seen by every query and see every key.
+
+    Attributes:
+        grid: number of keys along each axis.
+        prefix: number of prefix tokens in front of the grid's keys.
     """
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Number of keys along each axis."""
-        ...
-
-    @property
-    def prefix(self) -> int:
-        """Number of prefix tokens in front of the grid's keys."""
-        ...
-
-    @property
-    def query_grid(self) -> tuple[int, ...]:
-        """Number of queries along each axis."""
-        ...
-
-    @property
-    def margin(self) -> tuple[int, ...]:
-        """Number of zero keys that surround the grid on each side of each axis."""
-        ...
-
-    def span(self, axis: int, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first and last key coordinate (inclusive) that queries at ``position`` see along ``axis``."""
-        ...
-
-    def step(self, axis: int) -> int:
-        """Return the distance between neighbouring visible keys along ``axis``: the dilation."""
-        ...
-
-    def anchor(self, axis: int, position: Tensor) -> Tensor:
-        """Return where queries at ``position`` stand among the keys of ``axis``; relative positions count from it."""
-        ...
-
-    def mask(self, query_index: Tensor, key_index: Tensor) -> Tensor:
-        """See :meth:`vislm.kernels.Pattern.mask`."""
-        ...
-
-    def fit(self, shape: Shape) -> GridPattern:
-        """See :meth:`vislm.kernels.Pattern.fit`."""
-        ...
-
-
-class OnGrid:
-    """What every grid pattern shares: coordinates, the mask that follows from the spans, the fit to a call."""
 
     grid: tuple[int, ...]
     prefix: int
@@ -78,20 +37,20 @@ class OnGrid:
 
     @property
     def margin(self) -> tuple[int, ...]:
-        """No zero keys around the grid."""
+        """Number of zero keys that surround the grid on each side of each axis: none."""
         return (0,) * len(self.grid)
 
+    def span(self, axis: int, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first and last key coordinate (inclusive) that queries at ``position`` see along ``axis``."""
+        raise NotImplementedError
+
     def step(self, axis: int) -> int:
-        """Return 1: neighbouring visible keys are neighbours."""
+        """Return the distance between neighbouring visible keys along ``axis``, the dilation: 1."""
         return 1
 
     def anchor(self, axis: int, position: Tensor) -> Tensor:
-        """Return ``position``: queries and keys are the same tokens."""
+        """Return where queries at ``position`` stand among the keys of ``axis``; relative positions count from it."""
         return position
-
-    def span(self, axis: int, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first and last visible key coordinate along ``axis``; each pattern defines its own."""
-        raise NotImplementedError
 
     def mask(self, query_index: Tensor, key_index: Tensor) -> Tensor:
         """Return the product of the axes' ranges, and True from and to prefix tokens; see :meth:`Pattern.mask`."""
@@ -108,7 +67,7 @@ class OnGrid:
                 allowed = allowed & ((coordinate - first) % self.step(axis) == 0)
         return torch.where(query < 0, inside, allowed) | (key < 0)
 
-    def fit(self, shape: Shape) -> OnGrid:
+    def fit(self, shape: Shape) -> GridPattern:
         """Return itself after checking that the grid gives the call's numbers of queries and keys."""
         num_queries, num_keys = math.prod(self.query_grid), self.prefix + math.prod(padded_grid(self))
         name = type(self).__name__
@@ -126,22 +85,22 @@ class OnGrid:
         return self
 
 
-def padded_grid(pattern: GridPattern | OnGrid) -> tuple[int, ...]:
+def padded_grid(pattern: GridPattern) -> tuple[int, ...]:
     """Return the number of keys along each axis, with the zero keys around the grid."""
     return tuple(size + 2 * margin for size, margin in zip(pattern.grid, pattern.margin, strict=True))
 
 
-def query_grid_index(pattern: GridPattern | OnGrid, position: Tensor) -> Tensor:
+def query_grid_index(pattern: GridPattern, position: Tensor) -> Tensor:
     """Return the row-major index on the query grid of positions on the key axis; negative for prefix queries."""
     return position - (pattern.prefix + math.prod(padded_grid(pattern)) - math.prod(pattern.query_grid))
 
 
-def query_coordinate(pattern: GridPattern | OnGrid, axis: int, index: Tensor) -> Tensor:
+def query_coordinate(pattern: GridPattern, axis: int, index: Tensor) -> Tensor:
     """Return the coordinates along ``axis`` of row-major indices on the query grid; 0 for negative indices."""
     return _unravelled(pattern.query_grid, axis, index)
 
 
-def key_coordinate(pattern: GridPattern | OnGrid, axis: int, index: Tensor) -> Tensor:
+def key_coordinate(pattern: GridPattern, axis: int, index: Tensor) -> Tensor:
     """Return the coordinates along ``axis`` of row-major indices of the grid's keys; those of zero keys lie outside."""
     return _unravelled(padded_grid(pattern), axis, index) - pattern.margin[axis]
 

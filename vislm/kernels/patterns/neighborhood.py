@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vislm.errors import UnknownName, UsageError
-from vislm.kernels.patterns.grid import OnGrid, checked_grid, checked_prefix, per_axis
+from vislm.kernels.patterns.grid import GridPattern, checked_grid, checked_prefix, per_axis
 
 BORDERS = ("shift", "mask")
 
 
 @dataclass(frozen=True)
-class Neighborhood(OnGrid):
+class Neighborhood(GridPattern):
     """Generalized neighborhood attention on a 1-D, 2-D or 3-D grid.
 
     Along each axis a query sees ``window`` keys, every ``dilation``-th one, centred on it (an even window reaches one

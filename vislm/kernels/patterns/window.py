@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vislm.errors import UsageError
-from vislm.kernels.patterns.grid import OnGrid, checked_grid, checked_prefix, per_axis
+from vislm.kernels.patterns.grid import GridPattern, checked_grid, checked_prefix, per_axis
 
 
 @dataclass(frozen=True)
-class Window(OnGrid):
+class Window(GridPattern):
     """Attention inside disjoint windows of a 1-D, 2-D or 3-D grid.
 
     ``shift`` moves the windows' borders; those at the grid's ends are cut, which is what Swin's cyclic roll with its

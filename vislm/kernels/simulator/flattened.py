@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vislm.errors import UsageError
-from vislm.kernels.patterns.grid import GridPattern, OnGrid, query_coordinate
+from vislm.kernels.patterns.grid import GridPattern, query_coordinate
 
 _BAND = 1 << 25
 """Entries of the key maps that are held at once."""
@@ -29,7 +29,7 @@ class FlattenedCount:
         return self.dense / self.visited
 
 
-def flattened_count(pattern: GridPattern | OnGrid, query_tile: int, key_tile: int | None = None) -> FlattenedCount:
+def flattened_count(pattern: GridPattern, query_tile: int, key_tile: int | None = None) -> FlattenedCount:
     """Return the tile pairs that flash attention with a block mask over row-major tokens visits.
 
     Args:
@@ -52,7 +52,7 @@ def flattened_count(pattern: GridPattern | OnGrid, query_tile: int, key_tile: in
     return FlattenedCount(visited, -(-num_queries // query_tile) * -(-num_keys // key_tile))
 
 
-def _visited(pattern: GridPattern | OnGrid, query: Tensor, query_tile: int, key_tile: int) -> int:
+def _visited(pattern: GridPattern, query: Tensor, query_tile: int, key_tile: int) -> int:
     missing = -len(query) % query_tile
     query = torch.cat([query, query[-1:].expand(missing)])
     seen = _axis_mask(pattern, 0, query).unflatten(0, (-1, query_tile))  # (tiles, queries, keys of the axes so far)
@@ -68,7 +68,7 @@ def _visited(pattern: GridPattern | OnGrid, query: Tensor, query_tile: int, key_
     return int((tiles > 0).any(-1).sum())
 
 
-def _axis_mask(pattern: GridPattern | OnGrid, axis: int, query: Tensor) -> Tensor:
+def _axis_mask(pattern: GridPattern, axis: int, query: Tensor) -> Tensor:
     """Return 1 where queries see keys along one axis, else 0: ``(queries, keys along the axis)``, float32."""
     first, last = pattern.span(axis, query_coordinate(pattern, axis, query))
     first, last, key = first[:, None], last[:, None], torch.arange(pattern.grid[axis])[None]

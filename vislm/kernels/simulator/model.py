@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vislm.kernels.patterns.grid import GridPattern, OnGrid, padded_grid, per_axis
+from vislm.kernels.patterns.grid import GridPattern, padded_grid, per_axis
 from vislm.kernels.simulator.tiles import AxisTiles, axis_tiles
 
 
@@ -49,7 +49,7 @@ class Speedup:
 
 
 def simulate(
-    pattern: GridPattern | OnGrid, query_tile: int | Sequence[int], key_tile: int | Sequence[int] | None = None
+    pattern: GridPattern, query_tile: int | Sequence[int], key_tile: int | Sequence[int] | None = None
 ) -> Speedup:
     """Return the tile counts and speed-up bounds of a pattern.
 
@@ -70,7 +70,7 @@ def simulate(
 
 
 def checked_tiles(
-    pattern: GridPattern | OnGrid, query_tile: int | Sequence[int], key_tile: int | Sequence[int] | None
+    pattern: GridPattern, query_tile: int | Sequence[int], key_tile: int | Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the query and the key tile with one extent per axis."""
     queries = per_axis("query_tile", query_tile, pattern.grid, 1)
@@ -78,7 +78,7 @@ def checked_tiles(
 
 
 def combined(
-    pattern: GridPattern | OnGrid,
+    pattern: GridPattern,
     axes: Sequence[Sequence[AxisTiles]],
     query_tile: tuple[int, ...],
     key_tile: tuple[int, ...],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vislm.kernels.patterns.grid import GridPattern, OnGrid
+from vislm.kernels.patterns.grid import GridPattern
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AxisTiles:
     whole: bool
 
 
-def axis_tiles(pattern: GridPattern | OnGrid, axis: int, query_tile: int, key_tile: int) -> list[AxisTiles]:
+def axis_tiles(pattern: GridPattern, axis: int, query_tile: int, key_tile: int) -> list[AxisTiles]:
     """Return the counts along ``axis``, one entry per dilation group; found by enumeration of all queries.
 
     A kernel treats the dilation groups as separate sequences, each of which is tiled on its own.
@@ -44,7 +44,7 @@ def axis_tiles(pattern: GridPattern | OnGrid, axis: int, query_tile: int, key_ti
     return [_group_tiles(pattern, axis, group, query_tile, key_tile) for group in range(pattern.step(axis))]
 
 
-def _group_tiles(pattern: GridPattern | OnGrid, axis: int, group: int, query_tile: int, key_tile: int) -> AxisTiles:
+def _group_tiles(pattern: GridPattern, axis: int, group: int, query_tile: int, key_tile: int) -> AxisTiles:
     first, end, size = _windows(pattern, axis, group)
     allowed = int((end - first).sum())
     first, end = _tiled(first, query_tile), _tiled(end, query_tile)
@@ -65,7 +65,7 @@ def _group_tiles(pattern: GridPattern | OnGrid, axis: int, group: int, query_til
     )
 
 
-def _windows(pattern: GridPattern | OnGrid, axis: int, group: int) -> tuple[Tensor, Tensor, int]:
+def _windows(pattern: GridPattern, axis: int, group: int) -> tuple[Tensor, Tensor, int]:
     """Return the windows ``[first, end)`` of a group's queries, and the group's number of keys, counted in the group.
 
     Zero keys around the grid are keys as any other: counting starts at the first of them.
