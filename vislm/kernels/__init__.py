@@ -20,6 +20,7 @@ from vislm.kernels.patterns import (
 )
 from vislm.kernels.shapes import Shape
 from vislm.kernels.statistics import Statistics, StatisticsRequest
+from vislm.kernels.tokens import Merged, gather_tokens, merge_tokens, scatter_tokens
 
 __all__ = [
     "BACKENDS",
@@ -35,6 +36,7 @@ __all__ = [
     "HeadwiseBias",
     "LowRankBias",
     "Masked",
+    "Merged",
     "Neighborhood",
     "Padded",
     "Pattern",
@@ -47,5 +49,8 @@ __all__ = [
     "attend",
     "attention_statistics",
     "explain",
+    "gather_tokens",
     "merge",
+    "merge_tokens",
+    "scatter_tokens",
 ]

@@ -98,16 +98,16 @@ def _gradients(
     copies = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in given]
     wanted = [tensor for tensor in copies if tensor.requires_grad]
     with torch.enable_grad():
-        output = _attend(*copies[:3], copies[3:], text)
+        output = _attend(copies[0], copies[1], copies[2], copies[3:], text)
         found = torch.autograd.grad(output, wanted, grad, allow_unused=True)
-    # Each in memory of its own and in the input's layout, as the graph was told.
-    return [_like(tensor, of) for tensor, of in zip(found, wanted, strict=True)]
+    return [_own(gradient, tensor) for gradient, tensor in zip(found, wanted, strict=True)]
 
 
-def _like(grad: Tensor | None, tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) if grad is None else grad.clone(
-        memory_format=torch.contiguous_format
-    )
+def _own(gradient: Tensor | None, tensor: Tensor) -> Tensor:
+    """Return a gradient in memory of its own and row-major, as the graph was told."""
+    if gradient is None:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _attend_shape(query: Tensor, key: Tensor, value: Tensor, tensors: list[Tensor], text: str) -> Tensor:
@@ -133,7 +133,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*gradients[:3], gradients[3:], None)
 
 
-_LIBRARY = torch.library.Library("vislm", "DEF")  # noqa
+_LIBRARY = torch.library.Library("vislm", "DEF")
 _ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor[] tensors, str text"
 _LIBRARY.define(f"attend({_ARGUMENTS}) -> Tensor")
 _LIBRARY.define(f"attend_gradients(Tensor grad, {_ARGUMENTS}) -> Tensor[]")
