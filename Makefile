@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint gpu-audit bench docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,9 +24,13 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+gpu-audit: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/vislm bench gpu-audit --match "D=64"
+
 bench: $(VENV)/.installed
 	$(BIN)/vislm bench startup
 	$(BIN)/vislm bench statistics
+	$(BIN)/vislm bench kernels --out out/kernels
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

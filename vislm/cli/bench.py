@@ -83,3 +83,23 @@ def kernels(
     )
     for line in kernel_lines(wanted.quick() if quick else wanted, out):
         typer.echo(line)
+
+
+@app.command(name="gpu-audit")
+def gpu_audit(
+    targets: Annotated[
+        str, typer.Option("--targets", help="Compute capabilities times ten, joined by commas.")
+    ] = "80,90,100",
+    match: Annotated[str, typer.Option("--match", help="Only the configurations whose name contains this.")] = "",
+    docs: Annotated[Path | None, typer.Option("--docs", help="Markdown file that takes the table.")] = None,
+) -> None:
+    """Compile every Triton kernel for cards that are not there; fail on spills, misfits, missing tensor cores."""
+    from vislm.bench.gpu_audit.audit import audit_rows, audit_table, problems, write
+
+    rows = list(audit_rows([int(target) for target in targets.split(",")], match=match))
+    typer.echo(audit_table(rows))
+    if docs is not None:
+        write(audit_table([row for row in rows if " bf16 D=64" in row.name]), docs)
+    if problems(rows):
+        typer.echo("\n".join(problems(rows)), err=True)
+        raise typer.Exit(1)

@@ -17,8 +17,10 @@ from vislm.kernels.lowering import lowered
 from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.patterns import Dense, Pattern
 from vislm.kernels.request import Answer, AttentionRequest
+from vislm.kernels.shapes import shape_of
 from vislm.kernels.statistics import Statistics, StatisticsRequest
-from vislm.kernels.traced import Options, is_traced, traced
+from vislm.kernels.traced import is_traced, traced
+from vislm.kernels.written import Options
 
 _DENSE = Dense()
 
@@ -109,16 +111,18 @@ def attend(
         UnknownName: an unknown ``backend`` or ``normalize``.
         BackendUnavailable: the forced backend cannot run this call.
     """
-    options = Options(pattern, bias, key_logits, scale, normalize, backend)
-    if statistics is None and head_scale is None and is_traced(options):
-        return traced(autocasted(query), autocasted(key), autocasted(value), options)
-    request = _request(query, key, value, pattern, bias, scale, normalize, statistics, key_logits)
-    factors = checked_head_scale(head_scale, request.shape)
-    answer = _run(request, backend)
-    output = cast(Tensor, answer.output)  # there is an output because there is a value
+    options = Options(pattern, bias, key_logits, scale, normalize, statistics, backend)
+    if is_traced(options):
+        output, measured = traced(autocasted(query), autocasted(key), autocasted(value), options)
+        factors = checked_head_scale(head_scale, shape_of(query, key))
+    else:
+        request = _request(query, key, value, pattern, bias, scale, normalize, statistics, key_logits)
+        factors = checked_head_scale(head_scale, request.shape)
+        answer = _run(request, backend)
+        output, measured = cast(Tensor, answer.output), answer.statistics  # there is an output because of the value
     if factors is not None:
         output = (output * factors).to(output.dtype)
-    return output if statistics is None else Attended(output, answer.statistics)
+    return output if statistics is None else Attended(output, measured)
 
 
 def attention_statistics(
@@ -138,6 +142,10 @@ def attention_statistics(
 
     Takes the options of :func:`attend`; ``value`` is needed for ``request.output_norm`` only.
     """
+    options = Options(pattern, bias, key_logits, scale, normalize, request, backend)
+    if is_traced(options):
+        needed = autocasted(value) if request.output_norm and value is not None else None
+        return traced(autocasted(query), autocasted(key), needed, options)[1]
     checked = _request(query, key, value, pattern, bias, scale, normalize, request, key_logits)
     if not request.output_norm:
         checked = dataclasses.replace(checked, value=None)

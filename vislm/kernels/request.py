@@ -11,7 +11,7 @@ from torch import Tensor
 from vislm.kernels.bias import Bias, tensors_of
 from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.patterns import Pattern
-from vislm.kernels.shapes import Shape
+from vislm.kernels.shapes import Shape, shape_of
 from vislm.kernels.statistics import Statistics
 
 
@@ -64,8 +64,7 @@ class AttentionRequest:
     @property
     def shape(self) -> Shape:
         """``(B, Hq, Nq, Nk)`` and the device."""
-        batch, num_heads, num_queries, _ = self.query.shape
-        return Shape(batch, num_heads, num_queries, self.key.shape[2], self.query.device)
+        return shape_of(self.query, self.key)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -21,6 +21,12 @@ class Shape(NamedTuple):
     device: torch.device
 
 
+def shape_of(query: Tensor, key: Tensor) -> Shape:
+    """Return the sizes of a call by its query ``(B, Hq, Nq, D)`` and key ``(B, Hkv, Nk, D)``."""
+    batch, num_heads, num_queries, _ = query.shape
+    return Shape(batch, num_heads, num_queries, key.shape[2], query.device)
+
+
 def broadcasts_to(given: Sequence[int], full: Sequence[int]) -> bool:
     """Return whether a tensor of shape ``given`` expands to exactly ``full``."""
     pairs = zip(reversed(given), reversed(full), strict=False)

@@ -7,100 +7,107 @@ The text is read when the operator runs.
 
 from __future__ import annotations
 
-import ast
-from dataclasses import fields
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vislm.kernels.bias import AxialBias, Bias, DecoupledBias, LowRankBias, RelativeBias
-from vislm.kernels.normalization import Sigmoid
-from vislm.kernels.patterns import Blocked, Causal, Dense, Masked, Neighborhood, Padded, Pattern, Window
+from vislm.kernels.patterns import Blocked, Dense
+from vislm.kernels.statistics import Statistics, StatisticsRequest
+from vislm.kernels.written import Options, read, write
 
-_WRITTEN = {
-    kind.__name__: kind
-    for kind in (
-        *(Blocked, Causal, Dense, Masked, Neighborhood, Padded, Window),
-        *(AxialBias, DecoupledBias, LowRankBias, RelativeBias, Sigmoid),
-    )
-}
-
-
-class Options(NamedTuple):
-    """What :func:`vislm.attend` takes beside query, key and value; no statistics and no head scales."""
-
-    pattern: Pattern
-    bias: Bias | None
-    key_logits: Tensor | None
-    scale: float | None
-    normalize: str | Sigmoid
-    backend: str | None
+_PER_QUERY = ("lse", "entropy", "maximum", "output_norm")
 
 
 def is_traced(options: Options) -> bool:
     """Return whether a tracer is running and the call is more than PyTorch's own attention."""
     if not torch.compiler.is_compiling():
         return False
-    return not (isinstance(options.pattern, Dense) and options.bias is None and options.key_logits is None)
+    plain = options.bias is None and options.key_logits is None and options.statistics is None
+    return not (plain and isinstance(options.pattern, Dense) and options.normalize == "softmax")
 
 
-def traced(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
-    """Return the output ``(B, Hq, Nq, Dv)`` of the call, as one node of the graph."""
-    tensors: list[Tensor] = []
-    text = _written(tuple(options), tensors)
-    return torch.ops.vislm.attend(query, key, value, tensors, text)
+def traced(query: Tensor, key: Tensor, value: Tensor | None, options: Options) -> tuple[Tensor, Statistics]:
+    """Return the output ``(B, Hq, Nq, Dv)``, empty without a value, and the statistics: one node of the graph."""
+    output, *measured = torch.ops.vislm.attend(query, key, value, *write(options))
+    border = isinstance(options.pattern, Blocked) and options.pattern.border == "zero"
+    weights = "simplex" if options.normalize == "softmax" and not border else "unnormalised"
+    return output, _named(options.statistics, measured, weights)
 
 
-def _written(given: Any, tensors: list[Tensor]) -> str:
-    """Return a value as a Python literal; tensors go into the list, objects become ``{"": class, field: value}``."""
-    if isinstance(given, Tensor):
-        tensors.append(given)
-        return f"{{'tensor': {len(tensors) - 1}}}"
-    if isinstance(given, tuple):
-        return "(" + "".join([_written(entry, tensors) + ", " for entry in given]) + ")"
-    if given is None or isinstance(given, (bool, str, float)):
-        return repr(given)
-    if isinstance(given, (int, torch.SymInt)):
-        return repr(int(given))
-    entries = [f"'{field.name}': {_written(getattr(given, field.name), tensors)}" for field in fields(given)]
-    return f"{{'': '{type(given).__name__}', {', '.join(entries)}}}"
+def _named(
+    request: StatisticsRequest | None, measured: Sequence[Tensor], weights: Literal["simplex", "unnormalised"]
+) -> Statistics:
+    """Return the tensors of :func:`_listed` as statistics."""
+    if request is None:
+        return Statistics(weights=weights)
+    rest = list(measured)
+    fields: dict[str, Any] = {name: rest.pop(0) for name in _PER_QUERY if getattr(request, name)}
+    fields["rows"] = None if request.rows is None else rest.pop(0)
+    fields["received"] = None if request.received is False else rest.pop(0)
+    fields["mass"] = None if request.mass is None else dict(zip(request.mass, rest, strict=True))
+    return Statistics(**fields, weights=weights)
 
 
-def _read(literal: Any, tensors: list[Tensor]) -> Any:
-    """Return what :func:`_written` wrote."""
-    if isinstance(literal, tuple):
-        return tuple(_read(entry, tensors) for entry in literal)
-    if not isinstance(literal, dict):
-        return literal
-    if "tensor" in literal:
-        return tensors[literal["tensor"]]
-    kind = literal.pop("")
-    return _WRITTEN[kind](**{name: _read(entry, tensors) for name, entry in literal.items()})
+def _listed(statistics: Statistics) -> list[Tensor]:
+    """Return the statistics there are, in the order of :func:`_named`."""
+    fields = [getattr(statistics, name) for name in (*_PER_QUERY, "rows", "received")]
+    return [field for field in fields if field is not None] + list((statistics.mass or {}).values())
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, tensors: list[Tensor], text: str) -> Tensor:
-    from vislm.kernels.operator import attend
+def _attend(query: Tensor, key: Tensor, value: Tensor | None, tensors: list[Tensor], text: str) -> list[Tensor]:
+    from vislm.kernels.operator import attend, attention_statistics  # these call this module
 
-    options = Options(*_read(ast.literal_eval(text), tensors))
+    given = read(tensors, text)._asdict()
     device = query.device.type
-    if not torch.amp.is_autocast_available(device):
-        return attend(query, key, value, **options._asdict()).contiguous()
-    with torch.autocast(device, enabled=False):  # the tensors have their dtype now
-        return attend(query, key, value, **options._asdict()).contiguous()
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with exact:  # the tensors have their dtype now
+        if value is None:
+            request = given.pop("statistics")
+            answer = query.new_empty(0), attention_statistics(query, key, request=request, **given)
+        elif given["statistics"] is None:
+            answer = attend(query, key, value, **given), Statistics()
+        else:
+            answer = attend(query, key, value, **given)
+    return [tensor.contiguous() for tensor in (answer[0], *_listed(answer[1]))]
+
+
+def _attend_shapes(query: Tensor, key: Tensor, value: Tensor | None, tensors: list[Tensor], text: str) -> list[Tensor]:
+    request, rows = read(tensors, text).statistics or StatisticsRequest(), query.shape[:3]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shapes: list[tuple[int, ...]] = [rows for name in _PER_QUERY if getattr(request, name)]
+    if request.rows is not None:
+        chosen = request.rows.shape[-1] if isinstance(request.rows, Tensor) else len(request.rows)
+        shapes.append((*rows[:2], chosen, key.shape[2]))
+    if request.received is not False:
+        shapes.append((*rows[:2], key.shape[2]))
+    shapes += [rows for _ in request.mass or ()]
+    output = query.new_empty(0) if value is None else query.new_empty(*rows, value.shape[-1])
+    return [output, *(query.new_empty(shape, dtype=dtype) for shape in shapes)]
 
 
 def _gradients(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, tensors: list[Tensor], text: str
+    grads: list[Tensor], query: Tensor, key: Tensor, value: Tensor | None, tensors: list[Tensor], text: str
 ) -> list[Tensor]:
-    """Return the gradients of query, key, value and the tensors that are floating-point, from a second forward pass."""
-    given = [query, key, value, *tensors]
-    copies = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in given]
-    wanted = [tensor for tensor in copies if tensor.requires_grad]
+    """Return the gradients of :func:`_inputs`, from a second forward pass."""
+    copies = [tensor.detach().requires_grad_() for tensor in _inputs(query, key, value, tensors)]
+    rest = iter(copies)
+    again = [None if tensor is None else next(rest) for tensor in (query, key, value)]
+    others = [next(rest) if tensor.is_floating_point() else tensor for tensor in tensors]
     with torch.enable_grad():
-        output = _attend(copies[0], copies[1], copies[2], copies[3:], text)
-        found = torch.autograd.grad(output, wanted, grad, allow_unused=True)
-    return [_own(gradient, tensor) for gradient, tensor in zip(found, wanted, strict=True)]
+        outputs = _attend(again[0], again[1], again[2], others, text)  # pyright: ignore[reportArgumentType]
+        pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
+        of, slopes = [output for output, _ in pairs], [grad for _, grad in pairs]
+        found = torch.autograd.grad(of, copies, slopes, allow_unused=True)
+    return [_own(gradient, tensor) for gradient, tensor in zip(found, copies, strict=True)]
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors of a call that may have gradients."""
+    given = (query, key, *(() if value is None else (value,)), *tensors)
+    return [tensor for tensor in given if tensor.is_floating_point()]
 
 
 def _own(gradient: Tensor | None, tensor: Tensor) -> Tensor:
@@ -110,35 +117,35 @@ def _own(gradient: Tensor | None, tensor: Tensor) -> Tensor:
     return gradient.clone(memory_format=torch.contiguous_format)
 
 
-def _attend_shape(query: Tensor, key: Tensor, value: Tensor, tensors: list[Tensor], text: str) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
-
-
-def _gradients_shape(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, tensors: list[Tensor], text: str
+def _gradients_shapes(
+    grads: list[Tensor], query: Tensor, key: Tensor, value: Tensor | None, tensors: list[Tensor], text: str
 ) -> list[Tensor]:
-    given = [tensor for tensor in (query, key, value, *tensors) if tensor.is_floating_point()]
-    return [tensor.new_empty(tensor.shape) for tensor in given]
+    return [tensor.new_empty(tensor.shape) for tensor in _inputs(query, key, value, tensors)]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     query, key, value, tensors, ctx.text = inputs
-    ctx.save_for_backward(query, key, value, *tensors)
+    ctx.without_value = value is None
+    ctx.outputs = [(tensor.shape, tensor.dtype) for tensor in output]
+    ctx.save_for_backward(query, key, *(() if value is None else (value,)), *tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    query, key, value, *tensors = ctx.saved_tensors
-    found = iter(torch.ops.vislm.attend_gradients(grad, query, key, value, tensors, ctx.text))
-    gradients = [next(found) if tensor.is_floating_point() else None for tensor in (query, key, value, *tensors)]
-    return (*gradients[:3], gradients[3:], None)
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    query, key, *rest = ctx.saved_tensors
+    pairs = zip(ctx.outputs, grads, strict=True)
+    given = [query.new_zeros(shape, dtype=dtype) if grad is None else grad for (shape, dtype), grad in pairs]
+    value = None if ctx.without_value else rest.pop(0)
+    found = iter(torch.ops.vislm.attend_gradients(given, query, key, value, rest, ctx.text))
+    of_three = [None if tensor is None else next(found) for tensor in (query, key, value)]
+    return (*of_three, [next(found) if tensor.is_floating_point() else None for tensor in rest], None)
 
 
 _LIBRARY = torch.library.Library("vislm", "DEF")
-_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor[] tensors, str text"
-_LIBRARY.define(f"attend({_ARGUMENTS}) -> Tensor")
-_LIBRARY.define(f"attend_gradients(Tensor grad, {_ARGUMENTS}) -> Tensor[]")
+_ARGUMENTS = "Tensor query, Tensor key, Tensor? value, Tensor[] tensors, str text"
+_LIBRARY.define(f"attend({_ARGUMENTS}) -> Tensor[]")
+_LIBRARY.define(f"attend_gradients(Tensor[] grads, {_ARGUMENTS}) -> Tensor[]")
 _LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
 _LIBRARY.impl("attend_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("vislm::attend", _attend_shape, lib=_LIBRARY)
-torch.library.register_fake("vislm::attend_gradients", _gradients_shape, lib=_LIBRARY)
+torch.library.register_fake("vislm::attend", _attend_shapes, lib=_LIBRARY)
+torch.library.register_fake("vislm::attend_gradients", _gradients_shapes, lib=_LIBRARY)
 torch.library.register_autograd("vislm::attend", _backward, setup_context=_remember, lib=_LIBRARY)

@@ -22,7 +22,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if collection_path.parent != Path(__file__).parent or not collection_path.name.startswith("test_"):
         return None
     interpreted = collection_path.name not in WITHOUT_INTERPRETER
-    named = any(Path(argument.split("::")[0]).name == collection_path.name for argument in config.args)
+    start = config.invocation_params.dir
+    named = any((start / argument.split("::")[0]).resolve() == collection_path for argument in config.args)
     if named and interpreted and not INTERPRETED:
         raise pytest.UsageError(f"run {collection_path.name} with TRITON_INTERPRET=1")
     return True if interpreted != INTERPRETED else None

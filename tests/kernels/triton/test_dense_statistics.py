@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vislm.kernels import Sigmoid, StatisticsRequest, attend, attention_statistics
-from vislm.kernels.backends.triton import dense_call
-from vislm.kernels.backends.triton.dense_tiles import DenseTile
+from vislm.kernels.backends.triton.dense import call as dense_call
+from vislm.kernels.backends.triton.dense.tiles import DenseTile
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vislm.kernels import Blocked, Neighborhood, RelativeBias, StatisticsRequest, Window, attend
 from vislm.kernels.backends import triton as backend
-from vislm.kernels.backends.triton import neighborhood_operands
-from vislm.kernels.backends.triton.neighborhood_plan import TileConfig, geometry, key_tiles, query_tiles
+from vislm.kernels.backends.triton.neighborhood import operands as neighborhood_operands
+from vislm.kernels.backends.triton.neighborhood.plan import TileConfig, geometry, key_tiles, query_tiles
 from vislm.kernels.checks import checked_request
 from vislm.kernels.lowering import lowered
 from vislm.kernels.patterns.grid import padded_grid

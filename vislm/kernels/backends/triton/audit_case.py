@@ -14,8 +14,8 @@ TARGETS = (80, 90, 100)
 class AuditCase:
     """One compilation: a kernel, the types of its arguments, a tile configuration, and the problem it is timed on.
 
-    Every Triton kernel module has ``audit_cases() -> list[AuditCase]``. Only ``vislm.bench.gpu_audit`` calls it, with
-    the real compiler: under Triton's interpreter the kernels are no compiler input. A case made by
+    Every module of this folder that has ``audit_cases() -> list[AuditCase]`` is audited. Only ``vislm.bench.gpu_audit``
+    calls it, with the real compiler: under Triton's interpreter the kernels are no compiler input. A case made by
     :func:`~vislm.kernels.backends.triton.audit_launch.case_of` from a recorded launch is what a call would compile.
 
     Attributes:

@@ -9,13 +9,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vislm.kernels.backends.triton.dense_backward import (
+from vislm.kernels.backends.triton.dense.backward import (
     backward_keys_kernel,
     backward_queries_kernel,
     delta_kernel,
 )
-from vislm.kernels.backends.triton.dense_backward_bias import backward_bias_kernel
-from vislm.kernels.backends.triton.dense_call import (
+from vislm.kernels.backends.triton.dense.backward_bias import backward_bias_kernel
+from vislm.kernels.backends.triton.dense.call import (
     LOG2E,
     Call,
     Operands,
@@ -25,7 +25,7 @@ from vislm.kernels.backends.triton.dense_call import (
     tile_of,
     value_arguments,
 )
-from vislm.kernels.backends.triton.dense_forward import forward_kernel
+from vislm.kernels.backends.triton.dense.forward import forward_kernel
 from vislm.kernels.backends.triton.launching import launch
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vislm.kernels.backends.triton.neighborhood_operands import (
+from vislm.kernels.backends.triton.neighborhood.operands import (
     Operands,
     launch_backward_key,
     launch_backward_query,

@@ -21,7 +21,7 @@ from vislm.kernels.statistics import Statistics
 from vislm.kernels.tiled_statistics import with_chosen
 
 if TYPE_CHECKING:
-    from vislm.kernels.backends.triton.dense_call import Call, Operands
+    from vislm.kernels.backends.triton.dense.call import Call, Operands
 
 MAX_HEAD_DIM = 256
 MAX_FLOAT32_TRAINING = 128
@@ -50,8 +50,8 @@ def supports_dense(request: AttentionRequest) -> str | None:
 
 def run_dense(request: AttentionRequest) -> Answer:
     """Return the output and the statistics of a request that :func:`supports_dense` accepts."""
-    from vislm.kernels.backends.triton.dense_autograd import DenseAttention
-    from vislm.kernels.backends.triton.dense_call import prepared
+    from vislm.kernels.backends.triton.dense.autograd import DenseAttention
+    from vislm.kernels.backends.triton.dense.call import prepared
 
     wanted = request.statistics
     if request.value is None and not wanted.lse and not _fused(wanted):  # a few rows at most
@@ -93,7 +93,7 @@ def _measured(
     wanted: CheckedStatistics, call: Call, operands: Operands, log_sum: Tensor, factor: Tensor | None
 ) -> Statistics:
     """Return the statistics that the fused kernels compute; ``factor`` ``(Nq,)`` multiplies each query's weights."""
-    from vislm.kernels.backends.triton.dense_measure import received_by_keys, row_statistics
+    from vislm.kernels.backends.triton.dense.measure import received_by_keys, row_statistics
 
     mass = entropy = maximum = received = None
     if wanted.mass is not None or wanted.entropy or wanted.maximum:

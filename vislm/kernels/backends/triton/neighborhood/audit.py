@@ -12,9 +12,9 @@ from torch import Tensor
 from vislm.kernels.backends.triton.audit_case import TARGETS, AuditCase
 from vislm.kernels.backends.triton.audit_launch import case_of
 from vislm.kernels.backends.triton.launching import Launch, recorded
-from vislm.kernels.backends.triton.neighborhood_autograd import neighborhood_attention
-from vislm.kernels.backends.triton.neighborhood_operands import Operands
-from vislm.kernels.backends.triton.neighborhood_plan import key_tiles, query_tiles
+from vislm.kernels.backends.triton.neighborhood.autograd import neighborhood_attention
+from vislm.kernels.backends.triton.neighborhood.operands import Operands
+from vislm.kernels.backends.triton.neighborhood.plan import key_tiles, query_tiles
 from vislm.kernels.patterns.neighborhood import Neighborhood
 
 BATCH, CHANNELS = 8, 768

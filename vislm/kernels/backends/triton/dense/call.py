@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from vislm.kernels.backends.triton.availability import interpreted
-from vislm.kernels.backends.triton.dense_tiles import DenseTile, dense_tile
+from vislm.kernels.backends.triton.dense.tiles import DenseTile, dense_tile
 from vislm.kernels.backends.triton.launching import launch
 from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.patterns import Causal, Padded

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from vislm.kernels.backends.triton.availability import interpreted
 from vislm.kernels.backends.triton.launching import launch
-from vislm.kernels.backends.triton.super_token_kernels import products_kernel, spreads_kernel, sums_kernel
+from vislm.kernels.backends.triton.super_token.kernels import products_kernel, spreads_kernel, sums_kernel
 from vislm.kernels.super_token_cells import CellGrid
 
 MAX_TOKENS, MAX_CHANNELS, WARPS = 32, 64, 4

@@ -23,7 +23,7 @@ from vislm.kernels.request import Answer, AttentionRequest
 from vislm.kernels.tiled_statistics import tiled_statistics
 
 if TYPE_CHECKING:
-    from vislm.kernels.backends.triton.neighborhood_operands import Operands
+    from vislm.kernels.backends.triton.neighborhood.operands import Operands
 
 MAX_HEAD_DIM = 256
 MAX_FLOAT32_TRAINING = 64
@@ -63,7 +63,7 @@ def supports_neighborhood(request: AttentionRequest) -> str | None:
 
 def run_neighborhood(request: AttentionRequest) -> Answer:
     """Return the output and the statistics of a request that :func:`supports_neighborhood` accepts."""
-    from vislm.kernels.backends.triton.neighborhood_autograd import neighborhood_attention
+    from vislm.kernels.backends.triton.neighborhood.autograd import neighborhood_attention
 
     wanted = request.statistics
     rows = replace(request, statistics=replace(wanted, lse=False))
@@ -80,7 +80,7 @@ def run_neighborhood(request: AttentionRequest) -> Answer:
 
 def _operands(request: AttentionRequest, pattern: GridPattern) -> Operands:
     """Return the call without its prefix tokens, in the layout of the kernels."""
-    from vislm.kernels.backends.triton.neighborhood_operands import Operands
+    from vislm.kernels.backends.triton.neighborhood.operands import Operands
 
     prefix, bias, key_logits = pattern.prefix, request.bias, request.key_logits
     return Operands(

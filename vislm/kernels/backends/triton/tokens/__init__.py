@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vislm.kernels.backends.triton.launching import launch
-from vislm.kernels.backends.triton.tokens_kernels import combine_backward_kernel, combine_kernel, gather_kernel
+from vislm.kernels.backends.triton.tokens.kernels import combine_backward_kernel, combine_kernel, gather_kernel
 
 ROWS, MAX_CHANNELS, WARPS = 8, 256, 4
 

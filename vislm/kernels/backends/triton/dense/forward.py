@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vislm.kernels.backends.triton.dense_tile import (
+from vislm.kernels.backends.triton.dense.tile import (
     broadcast_plane,
     load_tile,
     plane_of,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vislm.kernels.backends.triton.neighborhood_plan import TileConfig
+from vislm.kernels.backends.triton.neighborhood.plan import TileConfig
 
 Kernel = Literal["forward", "backward_query", "backward_key"]
 

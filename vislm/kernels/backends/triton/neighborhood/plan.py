@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vislm.kernels.backends.triton.neighborhood_axes import Group, axis_groups
+from vislm.kernels.backends.triton.neighborhood.axes import Group, axis_groups
 from vislm.kernels.patterns.grid import GridPattern, padded_grid
 
 ROW = 16

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vislm.kernels.backends.triton.dense_tile import product
-from vislm.kernels.backends.triton.neighborhood_device import (
+from vislm.kernels.backends.triton.dense.tile import product
+from vislm.kernels.backends.triton.neighborhood.device import (
     LOG2E,
     load_rows,
     logits_block,

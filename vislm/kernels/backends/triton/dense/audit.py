@@ -11,9 +11,9 @@ from torch import Tensor
 from vislm.kernels.backends.triton.audit_case import TARGETS, AuditCase
 from vislm.kernels.backends.triton.audit_launch import case_of
 from vislm.kernels.backends.triton.dense import MAX_FLOAT32_TRAINING
-from vislm.kernels.backends.triton.dense_autograd import DenseAttention
-from vislm.kernels.backends.triton.dense_call import Call, Operands
-from vislm.kernels.backends.triton.dense_measure import received_by_keys, row_statistics
+from vislm.kernels.backends.triton.dense.autograd import DenseAttention
+from vislm.kernels.backends.triton.dense.call import Call, Operands
+from vislm.kernels.backends.triton.dense.measure import received_by_keys, row_statistics
 from vislm.kernels.backends.triton.launching import Launch, recorded
 from vislm.kernels.request import CheckedStatistics
 

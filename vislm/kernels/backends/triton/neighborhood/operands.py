@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vislm.kernels.backends.triton.dense_call import padded, precision
+from vislm.kernels.backends.triton.dense.call import padded, precision
 from vislm.kernels.backends.triton.launching import launch
-from vislm.kernels.backends.triton.neighborhood_backward_key import neighborhood_backward_key
-from vislm.kernels.backends.triton.neighborhood_backward_query import neighborhood_backward_query
-from vislm.kernels.backends.triton.neighborhood_config import Kernel, tile_config
-from vislm.kernels.backends.triton.neighborhood_forward import neighborhood_forward
-from vislm.kernels.backends.triton.neighborhood_plan import TileConfig, Tiles, geometry, key_tiles, query_tiles
+from vislm.kernels.backends.triton.neighborhood.backward_key import neighborhood_backward_key
+from vislm.kernels.backends.triton.neighborhood.backward_query import neighborhood_backward_query
+from vislm.kernels.backends.triton.neighborhood.config import Kernel, tile_config
+from vislm.kernels.backends.triton.neighborhood.forward import neighborhood_forward
+from vislm.kernels.backends.triton.neighborhood.plan import TileConfig, Tiles, geometry, key_tiles, query_tiles
 from vislm.kernels.patterns.grid import GridPattern
 
 TABLE_COPIES = 32

@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from vislm.kernels.backends.triton.dense_call import Call, Operands, shared_arguments, start, tile_of
-from vislm.kernels.backends.triton.dense_statistics import received_kernel, row_statistics_kernel
+from vislm.kernels.backends.triton.dense.call import Call, Operands, shared_arguments, start, tile_of
+from vislm.kernels.backends.triton.dense.statistics import received_kernel, row_statistics_kernel
 from vislm.kernels.request import CheckedStatistics
 
 MAX_GROUPS = 8
