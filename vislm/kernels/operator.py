@@ -118,7 +118,8 @@ def attend(
     else:
         request = _request(query, key, value, pattern, bias, scale, normalize, statistics, key_logits)
         factors = checked_head_scale(head_scale, request.shape)
-        answer = _run(request, backend)
+        # PyTorch's own attention is what its compilers know best.
+        answer = _run(request, "torch" if backend is None and torch.compiler.is_compiling() else backend)
         output, measured = cast(Tensor, answer.output), answer.statistics  # there is an output because of the value
     if factors is not None:
         output = (output * factors).to(output.dtype)

@@ -154,7 +154,7 @@ def _cells(tokens: Tensor, grid: tuple[int, int], cell: tuple[int, int]) -> Cell
 
 
 def _check_cells(name: str, given: Tensor, tokens: Tensor, cells: CellGrid) -> None:
-    expected = (len(tokens), cells.rows * cells.columns)
+    expected = (tokens.shape[0], cells.rows * cells.columns)
     if given.ndim != 3 or given.shape[:2] != expected or given.device != tokens.device:
         raise UsageError(
             f"{name} has shape {tuple(given.shape)} on {given.device}, expected (B, M, C) with (B, M) = {expected} on "

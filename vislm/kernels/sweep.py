@@ -13,7 +13,7 @@ from vislm.kernels.patterns import Causal, Dense
 from vislm.kernels.request import AttentionRequest
 from vislm.kernels.rows import row_position
 
-CPU_PAIRS = 1 << 18
+CPU_PAIRS = 1 << 19
 """Query-key pairs computed at once on a CPU: they stay in its cache between the two products."""
 PAIRS = 1 << 25
 """The same on other devices."""

@@ -147,7 +147,7 @@ def _check(tokens: Tensor, index: Tensor, num_tokens: int, *, each: bool = False
             f"index is {index.dtype} on {index.device}, expected torch.int64 or torch.int32 on {tokens.device}"
         )
     expected = tuple(tokens.shape[:2]) if each else (tokens.shape[0], "K")
-    if index.ndim != 2 or len(index) != len(tokens) or (each and index.shape[1] != tokens.shape[1]):
+    if index.ndim != 2 or index.shape[0] != tokens.shape[0] or (each and index.shape[1] != tokens.shape[1]):
         raise UsageError(f"index has shape {tuple(index.shape)}, expected {expected} for tokens {tuple(tokens.shape)}")
     if num_tokens < 0:
         raise UsageError(f"{num_tokens=}, expected 0 or more")

@@ -47,10 +47,12 @@ def _written(given: Any, tensors: list[Tensor]) -> str:
     if isinstance(given, Tensor):
         tensors.append(given)
         return f"{{'tensor': {len(tensors) - 1}}}"
-    if given is None or isinstance(given, (bool, str, float)):
+    if given is None or isinstance(given, str):
         return repr(given)
-    if isinstance(given, (int, torch.SymInt)):
+    if isinstance(given, torch.SymInt):
         return repr(int(given))
+    if isinstance(given, (int, float)):
+        return f"{given}"  # torch.compile follows this for a number that it holds to be any number, but not repr
     if isinstance(given, (tuple, list)):
         return "(" + "".join([_written(entry, tensors) + ", " for entry in given]) + ")"
     if isinstance(given, Mapping):

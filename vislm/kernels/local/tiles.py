@@ -15,7 +15,7 @@ from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.softmax import masked_softmax
 
 CPU_CHUNK_PAIRS = 1 << 17
-"""Query-key pairs computed at once on a CPU, about what its cache holds."""
+"""Query-key pairs computed at once by each thread of a CPU, about what its cache holds."""
 CHUNK_PAIRS = 1 << 25
 """The same on other devices."""
 
@@ -74,7 +74,7 @@ def chunks(tensors: Tensors, plan: Plan) -> Iterator[Chunk]:
     """Yield all tiles of all attentions, as many at a time as are worth one product."""
     attentions, groups = tensors.query.shape[:2]
     (count, queries), keys = plan.queries.shape, plan.keys.shape[1]
-    limit = CPU_CHUNK_PAIRS if tensors.query.device.type == "cpu" else CHUNK_PAIRS
+    limit = CPU_CHUNK_PAIRS * torch.get_num_threads() if tensors.query.device.type == "cpu" else CHUNK_PAIRS
     tiles_at_once = max(1, limit // (groups * queries * keys))
     heads_at_once = max(1, tiles_at_once // count)
     for head in range(0, attentions, heads_at_once):
