@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vislm.kernels.local.scratch import Scratch, scratch_for
 from vislm.kernels.local.tiles import (
     Chunk,
-    Scratch,
     Settings,
     Tensors,
     axial_index,
@@ -39,23 +39,21 @@ class LocalAttention(torch.autograd.Function):
         query_of, key_of, value_of, additive, key_logits, *axial = given
         tensors = Tensors(query_of, key_of, value_of, additive, key_logits, tuple(axial))
         plan, dtype = settings.plan, settings.dtype
-        query, both = query_tiles(tensors.query, plan), torch.cat((tensors.key, tensors.value), dim=-1)
-        head_dim, groups = query.shape[-1], query.shape[2]
-        outputs = both.new_empty(*query.shape[:-1], tensors.value.shape[-1], dtype=dtype)
-        sums = both.new_empty(query.shape[:-1] if settings.wants_lse else 0, dtype=dtype)
-        scratch = Scratch(dtype, query.device)
+        scratch = scratch_for(tensors.query, dtype)
+        query = query_tiles(tensors.query, plan, scratch, "query")
+        outputs = scratch.take("outputs", *query.shape[:-1], tensors.value.shape[-1])
+        sums = scratch.take("sums", *query.shape[:-1])
         for chunk in chunks(tensors, plan):
-            tiles = key_tiles(both, chunk, plan, scratch)
-            mine = of_chunk(query, chunk).to(dtype)
-            logits = logits_of(mine, tiles[..., :head_dim], chunk, tensors, settings, scratch)
+            key = key_tiles(tensors.key, chunk, plan, scratch, "key")
+            logits = logits_of(of_chunk(query, chunk), key, chunk, tensors, settings, scratch)
             weights = weights_of(logits, chunk, settings, scratch)
-            torch.bmm(weights, tiles[..., head_dim:], out=of_chunk(outputs, chunk))
+            value = key_tiles(tensors.value, chunk, plan, scratch, "value")
+            torch.bmm(weights, value, out=of_chunk(outputs, chunk))
             if settings.wants_lse:
-                sums[chunk.heads, chunk.tiles] = lse_of(logits, weights).view(
-                    *sums[chunk.heads, chunk.tiles].shape[:2], groups, -1
-                )
+                place = sums[chunk.heads, chunk.tiles]
+                place.copy_(lse_of(logits, weights).view(place.shape))
         output = from_query_tiles(outputs, plan).to(tensors.query.dtype)
-        lse = from_query_tiles(sums, plan) if settings.wants_lse else sums
+        lse = from_query_tiles(sums, plan) if settings.wants_lse else output.new_empty(0, dtype=dtype)
         ctx.settings = settings
         ctx.save_for_backward(*given, output)
         if not settings.wants_lse:
@@ -71,29 +69,28 @@ class LocalAttention(torch.autograd.Function):
         settings: Settings = ctx.settings
         tensors = Tensors(query_of, key_of, value_of, additive, key_logits, tuple(axial))
         plan, dtype = settings.plan, settings.dtype
-        above = query_tiles(grad_output, plan).to(dtype)
+        scratch = scratch_for(tensors.query, dtype)
+        query = query_tiles(tensors.query, plan, scratch, "query")
+        above = query_tiles(grad_output, plan, scratch, "above")
         above *= plan.real[:, None, :, None]  # what repeated queries give does not count
         # The sum of weight times slope of each row, which is the same over keys as over channels.
-        delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1)
+        delta = (grad_output.to(dtype) * output.to(dtype)).sum(-1, keepdim=True)
         if settings.wants_lse:
-            delta = delta - grad_lse
-        delta = query_tiles(delta, plan) * plan.real[:, None]
-        query, both = query_tiles(tensors.query, plan), torch.cat((tensors.key, tensors.value), dim=-1)
-        head_dim = query.shape[-1]
-        to_query = torch.empty_like(query, dtype=dtype)
+            delta = delta - grad_lse[..., None]
+        delta = query_tiles(delta, plan, scratch, "delta") * plan.real[:, None, :, None]
+        to_query = scratch.take("to_query", *query.shape)
         to_key = torch.zeros(tensors.key.shape, dtype=dtype, device=query.device)
         to_value = torch.zeros(tensors.value.shape, dtype=dtype, device=query.device)
         to_bias = _BiasGradients(tensors, settings, ctx.needs_input_grad[4:])
-        scratch = Scratch(dtype, query.device)
         for chunk in chunks(tensors, plan):
-            mine, tiles = of_chunk(query, chunk).to(dtype), key_tiles(both, chunk, plan, scratch)
-            key, value = tiles[..., :head_dim], tiles[..., head_dim:]
+            mine, key = of_chunk(query, chunk), key_tiles(tensors.key, chunk, plan, scratch, "key")
+            value = key_tiles(tensors.value, chunk, plan, scratch, "value")
             logits = logits_of(mine, key, chunk, tensors, settings, scratch)
             weights = weights_of(logits, chunk, settings, scratch)
             grad = of_chunk(above, chunk)
             slope = torch.bmm(grad, value.transpose(1, 2), out=scratch.take("slope", *logits.shape))
             if settings.normalize == "softmax":
-                slope.sub_(of_chunk(delta[..., None], chunk)).mul_(weights)
+                slope.sub_(of_chunk(delta, chunk)).mul_(weights)
             else:
                 slope.mul_(_sigmoid_slope(logits, weights, settings))
             torch.bmm(slope, key, out=of_chunk(to_query, chunk))

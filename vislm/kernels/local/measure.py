@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from vislm.kernels.local.run import prepared
+from vislm.kernels.local.scratch import scratch_for
 from vislm.kernels.local.tiles import (
     Chunk,
-    Scratch,
     Settings,
     Tensors,
     chunks,
@@ -34,7 +34,8 @@ def local_statistics(request: AttentionRequest) -> Statistics:
     wanted = request.statistics
     settings, tensors = prepared(request, request.key[..., :0], wants_lse=False)
     plan = settings.plan
-    query = query_tiles(tensors.query, plan)
+    scratch = scratch_for(tensors.query, settings.dtype)
+    query = query_tiles(tensors.query, plan, scratch, "query")
     shape = query.shape[:-1]
     by_row = {
         name: query.new_empty(shape, dtype=settings.dtype)
@@ -46,17 +47,16 @@ def local_statistics(request: AttentionRequest) -> Statistics:
     counts = _counts(request, tensors, settings)
     received = None if counts is None else query.new_zeros(*tensors.query.shape[:2], request.shape.num_keys)
     received = None if received is None else received.to(settings.dtype)
-    scratch, members = (Scratch(settings.dtype, query.device) for _ in range(2))
     for chunk in chunks(tensors, plan):
-        key = key_tiles(tensors.key, chunk, plan, scratch)
-        logits = logits_of(of_chunk(query, chunk).to(settings.dtype), key, chunk, tensors, settings, scratch)
+        key = key_tiles(tensors.key, chunk, plan, scratch, "key")
+        logits = logits_of(of_chunk(query, chunk), key, chunk, tensors, settings, scratch)
         weights = weights_of(logits, chunk, settings, scratch)
         for name, rows in by_row.items():
             place = rows[chunk.heads, chunk.tiles]
             place.copy_(_row_statistic(name, logits, weights, settings).view(place.shape))
         if mass is not None and groups is not None:
             place = mass[chunk.heads, chunk.tiles]
-            place.copy_((weights @ key_tiles(groups, chunk, plan, members)).view(place.shape))
+            place.copy_((weights @ key_tiles(groups, chunk, plan, scratch, "members")).view(place.shape))
         if received is not None and counts is not None:
             _receive(received, weights, counts, chunk, settings)
     batch, num_heads = request.shape[:2]
@@ -104,7 +104,10 @@ def _counts(request: AttentionRequest, tensors: Tensors, settings: Settings) -> 
         return None
     where = wanted.received_where[:, -len(plan.slot) :].to(settings.dtype)
     where = where.repeat_interleave(len(tensors.query) // len(where), dim=0)
-    return query_tiles(where[:, None], plan) * real
+    return (
+        where[:, None].index_select(2, plan.queries.flatten()).unflatten(2, tuple(plan.queries.shape)).transpose(1, 2)
+        * real
+    )
 
 
 def _receive(received: Tensor, weights: Tensor, counts: Tensor, chunk: Chunk, settings: Settings) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vislm.kernels.local.plan import Plan
+from vislm.kernels.local.scratch import Scratch
 from vislm.kernels.normalization import Sigmoid
 from vislm.kernels.softmax import masked_softmax
 
@@ -84,25 +85,17 @@ def chunks(tensors: Tensors, plan: Plan) -> Iterator[Chunk]:
             )
 
 
-class Scratch:
-    """Memory that the chunks of one pass share, because fresh memory costs a CPU more than the arithmetic on it."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._like = {"dtype": dtype, "device": device}
-        self._flat: dict[str, Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """Return an uninitialised tensor; the same memory as the last one of this name where it is large enough."""
-        size = math.prod(shape)
-        if name not in self._flat or len(self._flat[name]) < size:
-            self._flat[name] = torch.empty(size, **self._like)
-        return self._flat[name][:size].view(shape)
-
-
-def query_tiles(tensor: Tensor, plan: Plan) -> Tensor:
-    """Return ``(X, T, G, Q, ...)`` of a tensor ``(X, G, Nq, ...)`` over the grid's queries."""
-    tiles = tensor.flatten(0, 1).index_select(1, plan.queries.flatten()).unflatten(1, tuple(plan.queries.shape))
-    return tiles.unflatten(0, tensor.shape[:2]).transpose(1, 2).contiguous()
+def query_tiles(tensor: Tensor, plan: Plan, scratch: Scratch, name: str) -> Tensor:
+    """Return ``(X, T, G, Q, C)`` of a tensor ``(X, G, Nq, C)`` over the grid's queries, in the scratch's dtype."""
+    attentions, groups, _, width = tensor.shape
+    count, queries = plan.queries.shape
+    tiles = scratch.take(name, attentions, count, groups, queries, width)
+    rows = tensor.flatten(0, 1)
+    if groups == 1 and tensor.dtype == tiles.dtype:
+        torch.index_select(rows, 1, plan.queries.flatten(), out=tiles.view(attentions, -1, width))
+        return tiles
+    gathered = rows.index_select(1, plan.queries.flatten()).view(attentions, groups, count, queries, width)
+    return tiles.copy_(gathered.transpose(1, 2))
 
 
 def from_query_tiles(tiles: Tensor, plan: Plan) -> Tensor:
@@ -116,11 +109,11 @@ def of_chunk(tiles: Tensor, chunk: Chunk) -> Tensor:
     return tiles[chunk.heads, chunk.tiles].flatten(0, 1).flatten(1, 2)
 
 
-def key_tiles(tensor: Tensor, chunk: Chunk, plan: Plan, scratch: Scratch) -> Tensor:
+def key_tiles(tensor: Tensor, chunk: Chunk, plan: Plan, scratch: Scratch, name: str) -> Tensor:
     """Return ``(x t, P + S, C)`` of a tensor ``(X, Nk, C)`` over the keys, in the scratch's dtype."""
     index = plan.keys[chunk.tiles]
     count, width = chunk.heads.stop - chunk.heads.start, tensor.shape[-1]
-    tiles = scratch.take("keys", count * len(index), index.shape[1], width)
+    tiles = scratch.take(name, count * len(index), index.shape[1], width)
     if tensor.dtype != tiles.dtype:
         tiles.copy_(tensor[chunk.heads].index_select(1, index.flatten()).view(tiles.shape))
     elif count == 1:
