@@ -18,6 +18,12 @@ _EXPORTS = {
     "Answer": "vislm.lmm.model",
     "attach": "vislm.lmm.session",
     "load_image": "vislm.images",
+    "create_model": "vislm.backbones.factory",
+    "list_models": "vislm.backbones.variants",
+    "from_official": "vislm.backbones.official",
+    "register_timm": "vislm.backbones.timm_names",
+    "replace_attention": "vislm.backbones.replacing",
+    "attention_of": "vislm.backbones.replacing",
     "FlowCut": "vislm.token_pruning.flowcut",
     "FastV": "vislm.token_pruning.fastv",
     "RandomPruning": "vislm.token_pruning.random",
@@ -34,12 +40,23 @@ __all__ = [
     "__version__",
     "attach",
     "attend",
+    "attention_of",
+    "create_model",
     "explain",
+    "from_official",
+    "list_models",
     "load_image",
     "load_lmm",
+    "register_timm",
+    "replace_attention",
 ]
 
 if TYPE_CHECKING:
+    from vislm.backbones.factory import create_model
+    from vislm.backbones.official import from_official
+    from vislm.backbones.replacing import attention_of, replace_attention
+    from vislm.backbones.timm_names import register_timm
+    from vislm.backbones.variants import list_models
     from vislm.heads.vhr import VHR
     from vislm.images import load_image
     from vislm.kernels import attend, explain

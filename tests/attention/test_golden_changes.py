@@ -1,4 +1,4 @@
-"""The golden checks of neighborhood and halo attention notice every changed number."""
+"""The golden checks of attention modules and backbones notice every changed number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from vislm.golden import verify_folder
 
 FOLDER = Path(__file__).parents[1] / "golden"
-FIXTURES = sorted(path for method in ("neighborhood", "halo") for path in (FOLDER / method).glob("*.safetensors"))
+METHODS = ("agent", "halo", "moh", "neighborhood", "sg_former", "super_token", "van")
+FIXTURES = sorted(path for method in METHODS for path in (FOLDER / method).glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
@@ -34,7 +35,7 @@ def test_any_changed_output_or_gradient_is_noticed(path, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["natten.na4d", "natten.modules.Unknown", "timm.models.resnet.ResNet"])
 def test_other_classes_are_unknown(name, tmp_path) -> None:
-    for method in ("neighborhood", "halo"):
+    for method in METHODS:
         metadata = {"method": method, "class_or_function": name, "kwargs": "{}"}
         save_file({"in.x": torch.zeros(1)}, tmp_path / f"{method}.safetensors", metadata)
-    assert [verdict.status for verdict in verify_folder(tmp_path)] == ["unknown", "unknown"]
+    assert [verdict.status for verdict in verify_folder(tmp_path)] == ["unknown"] * len(METHODS)

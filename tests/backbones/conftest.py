@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vislm.backbones import HierarchicalConfig, build, variant
+from vislm.backbones import HierarchicalConfig, ViTConfig, build, variant
 from vislm.backbones.backbone import Backbone
 
 
@@ -17,15 +17,23 @@ def small() -> Callable[[str], Backbone]:
     return _small
 
 
+KEPT_HEADS = ("moh_vit", "sg_former")
+"""Families whose options say what single heads do."""
+
+
 def _small(name: str) -> Backbone:
     """Return a variant with each stage's first blocks only, 4 channels a head and 5 classes, randomly weighted."""
     config = variant(name).config
     if isinstance(config, HierarchicalConfig):
         stages = [
-            replace(stage, dim=8 * 2**index, num_heads=2**index, depth=min(stage.depth, len(stage.blocks)))
+            replace(stage, dim=max(8 * 2**index, 4 * heads), num_heads=heads, depth=min(stage.depth, len(stage.blocks)))
             for index, stage in enumerate(config.stages)
+            for heads in (stage.num_heads if name.startswith(KEPT_HEADS) else 2**index,)
         ]
         return build(replace(config, stages=tuple(stages), num_classes=5, drop_path_rate=0.0))
+    if isinstance(config, ViTConfig):
+        depth = min(config.depth, len(config.blocks))
+        return build(replace(config, dim=8, num_heads=2, depth=depth, num_classes=5, drop_path_rate=0.0))
     ratios = [
         (stage.dim / stage.mid_dim, (stage.value_dim or stage.mid_dim) / stage.mid_dim) for stage in config.stages
     ]

@@ -13,8 +13,22 @@ from vislm.backbones import create_model, list_models
 from vislm.backbones.weights import load_file, load_state
 from vislm.errors import CheckpointError, UnknownName, UsageError
 
+# At these sizes some models have more agents than tokens.
+pytestmark = pytest.mark.filterwarnings("ignore:.* agents on a map of:UserWarning")
+
 NAMES = list_models()
 SIZES = [(64, 64), (50, 78)]
+
+
+class Kept:
+    """Counts the numbers that a forward pass keeps for the backward pass."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.numbers += tensor.numel()
+        return tensor
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,13 +54,30 @@ def test_features_of_every_stage(small, name) -> None:
     for info, feature in zip(model.feature_info, features, strict=True):
         sides = tuple(math.ceil(side / info["reduction"]) for side in (50, 78))
         assert feature.shape == (1, info["num_chs"], *sides)
-    assert tokens.shape == (1, features[-1][0, 0].numel(), model.num_features)
+    prefix = model.num_prefix_tokens
+    assert tokens.shape == (1, prefix + features[-1][0, 0].numel(), model.num_features)
     torch.testing.assert_close(model.forward_head(tokens), model(images))
     (last,) = model.forward_intermediates(images, [-1], norm=True, output_fmt="NLC", intermediates_only=True)
-    torch.testing.assert_close(last, tokens)
+    torch.testing.assert_close(last, tokens[:, prefix:])
 
 
-@pytest.mark.parametrize("name", ["nat_tiny", "dinat_s_tiny", "halonet_h3", "dinat_isotropic_small"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nat_tiny",
+        "dinat_s_tiny",
+        "halonet_h3",
+        "dinat_isotropic_small",
+        "stvit_base",
+        "van_b0",
+        "agent_deit_base",
+        "agent_pvt_tiny",
+        "agent_swin_base",
+        "agent_cswin_tiny",
+        "sg_former_small",
+        "moh_vit_base_50",
+    ],
+)
 class TestOneOfEachFamily:
     def test_a_batch_is_its_samples(self, small, name) -> None:
         torch.manual_seed(0)
@@ -85,6 +116,24 @@ class TestOneOfEachFamily:
                 parameter.data.normal_()
         torch.testing.assert_close(model(images), dropped)
 
+    def test_gradient_checkpointing_computes_the_same(self, small, name) -> None:
+        torch.manual_seed(0)
+        model, images, gradients = small(name), torch.randn(1, 3, 64, 64), []
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            model.zero_grad()
+            kept = Kept()
+            with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+                logits = model(images)
+            logits.square().sum().backward()
+            gradients.append(([parameter.grad.clone() for parameter in model.parameters()], kept.numbers))
+        (expected, whole), (ours, less) = gradients
+        torch.testing.assert_close(ours, expected)
+        assert less < 0.6 * whole
+
     def test_classifiers_are_replaced(self, small, name) -> None:
         model, images = small(name).eval(), torch.randn(1, 3, 64, 64)
         assert model.get_classifier().out_features == 5
@@ -99,7 +148,7 @@ class TestOneOfEachFamily:
         model, images = small(name).eval(), torch.randn(1, 3, 64, 64)
         first = model.forward_intermediates(images, [0], stop_early=True, intermediates_only=True)[0]
         assert model.prune_intermediate_layers([0]) == [0]
-        assert len(model.stages) == 1
+        assert len(model.levels) == 1
         torch.testing.assert_close(model.forward_intermediates(images, [0], intermediates_only=True)[0], first)
 
 
@@ -139,12 +188,29 @@ def test_weights_that_do_not_fit_are_named(small, tmp_path) -> None:
         create_model("nat_mini", weights=tmp_path / "broken.safetensors")
 
 
-@pytest.mark.parametrize("name", ["nat_small", "dinat_s_tiny", "vit_rpb_small", "halonet_h5", "halonet_h7"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nat_small",
+        "dinat_s_tiny",
+        "vit_rpb_small",
+        "halonet_h5",
+        "halonet_h7",
+        "stvit_base",
+        "van_b0",
+        "agent_deit_base",
+        "agent_pvt_tiny",
+        "agent_swin_base",
+        "agent_cswin_tiny",
+        "sg_former_small",
+        "moh_vit_base_50",
+    ],
+)
 def test_multiply_adds_are_those_of_the_layers_that_ran(small, name) -> None:
     model, counted = small(name).eval(), []
 
     def count(module, inputs, output) -> None:
-        positions = output.numel() // output.shape[1 if isinstance(module, nn.Conv2d) else -1]
+        positions = output.numel() // output.shape[1 if output.ndim == 4 else -1]
         counted.append(module.weight.numel() * positions)
 
     def attention(module, inputs, output) -> None:

@@ -12,12 +12,28 @@ import torch
 from vislm.backbones import create_model, list_models, variant
 
 NAMES = list_models()
+WITHOUT_ACCURACY = {"van_b5"}  # published after pre-training on ImageNet-22K alone
 
 
 def test_all_published_variants_are_there() -> None:
-    families = {"nat_*": 6, "dinat_*": 14, "dinat_s_*": 5, "dinat_large_384*": 2, "halonet_h?": 8, "vit_rpb_*": 2}
+    families = {
+        "nat_*": 6,
+        "dinat_*": 14,
+        "dinat_s_*": 5,
+        "dinat_large_384*": 2,
+        "halonet_h?": 8,
+        "vit_rpb_*": 2,
+        "agent_deit_*": 4,
+        "agent_pvt_*": 5,
+        "agent_swin_*": 5,
+        "agent_cswin_*": 4,
+        "stvit_*": 3,
+        "van_b?": 7,
+        "sg_former_*": 3,
+        "moh_vit_*": 4,
+    }
     assert {pattern: len(list_models(pattern)) for pattern in families} == families
-    assert len(NAMES) == 30
+    assert {name for pattern in families for name in list_models(pattern)} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +59,7 @@ def test_files_say_what_they_are(name) -> None:
     entry = variant(name)
     assert entry.path.read_text(encoding="utf-8").startswith("# ")
     assert "arXiv" in entry.published.source
-    assert entry.published.top1 is not None
+    assert entry.published.top1 is not None or name in WITHOUT_ACCURACY
 
 
 def test_the_files_lie_beside_the_other_configurations() -> None:

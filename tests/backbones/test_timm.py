@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from vislm.backbones import create_model, list_models, register_timm
+from vislm.backbones import create_model, list_models, register_timm, variant
 
 timm = pytest.importorskip("timm")
+optim = pytest.importorskip("timm.optim")
 
 
 def test_names_are_ours_but_where_timm_has_one() -> None:
@@ -37,6 +40,53 @@ def test_models_and_their_preprocessing() -> None:
             parts = dict(create_model(name).named_modules())
         assert parts[cfg.first_conv].in_channels == 3
         assert parts[cfg.classifier].out_features == 1000
+
+
+def test_every_variant_says_how_images_are_prepared() -> None:
+    for name, registered in register_timm().items():
+        cfg = timm.get_pretrained_cfg(registered)
+        side = variant(name).published.input_size
+        assert (cfg.input_size, cfg.num_classes) == ((3, side, side), 1000)
+        assert cfg.interpolation in ("bicubic", "bilinear")
+        assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg("nat_tiny").to_dict())
+    assert timm.data.create_transform(**config)(Image.new("RGB", (300, 260))).shape == (3, 224, 224)
+
+
+def test_weights_from_a_file(tmp_path) -> None:
+    register_timm()
+    torch.manual_seed(0)
+    sizes = {"stages": [{"dim": 8, "depth": 1, "num_heads": 2}], "downsample": None}
+    model = timm.create_model("nat_mini", **sizes)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    expected = model.eval()(torch.ones(1, 3, 64, 64))
+    for options in (
+        {"checkpoint_path": str(path)},
+        {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}},
+    ):
+        other = timm.create_model("nat_mini", **sizes, **options).eval()
+        torch.testing.assert_close(other(torch.ones(1, 3, 64, 64)), expected)
+    ours = create_model("nat_mini", weights=path, **sizes).eval()
+    torch.testing.assert_close(ours(torch.ones(1, 3, 64, 64)), expected)
+
+
+@pytest.mark.parametrize("name", ["nat_mini", "agent_deit_tiny", "halonet_h0", "stvit_small"])
+def test_learning_rates_fall_layer_by_layer(name) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    depth = len(timm.models.group_parameters(model, model.group_matcher(), reverse=False, return_values=False))
+    layers = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(layers) == {key for key, _ in model.named_parameters()}
+    assert min(layers.values()) == 0
+    assert layers[next(key for key in layers if key.startswith("stem"))] == 0
+    assert layers["head.fc.weight"] == max(layers.values()) == depth - 1
+    order = [layers[key] for key in layers if ".attn" in key]
+    assert order == sorted(order)
+    groups = optim.param_groups_layer_decay(model, layer_decay=0.7)
+    assert len({group["lr_scale"] for group in groups}) == depth
+    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert max(coarse.values()) <= depth
 
 
 def test_feature_pyramids() -> None:

@@ -26,13 +26,13 @@ from vislm.kernels import (
 from vislm.kernels.patterns import PATTERNS
 from vislm.kernels.written import WRITTEN, Options, read, write
 
+
 @pytest.fixture(autouse=True)
 def fresh():
     """Forget what was compiled: PyTorch gives up on a function after a few versions of it."""
     torch.compiler.reset()
 
 
-NODE = torch.ops.vislm.attend.default
 GRID, HEADS, DIM = (4, 5), 2, 3
 
 
@@ -45,8 +45,8 @@ def heads(tokens: int = 20) -> list[torch.Tensor]:
     return tensors(0, *[(2, HEADS, tokens, DIM)] * 3)
 
 
-TABLE, ROWS, COLUMNS, DENSE, LEFT, RIGHT, LOGITS = tensors(
-    1, (HEADS, 5, 5), (13, DIM), (13, DIM), (1, HEADS, 20, 20), (1, 1, 20, 2), (1, 1, 20, 2), (2, 20)
+TABLE, ROWS, COLUMNS, DENSE, ONE, LEFT, RIGHT, LOGITS = LEARNED = tensors(
+    1, (HEADS, 5, 5), (13, DIM), (13, DIM), (1, HEADS, 20, 20), (1, 1, 20, 20), *[(1, 1, 20, 2)] * 2, (2, 20)
 )
 CASES = {
     "neighborhood": {"pattern": Neighborhood(GRID, 3), "bias": RelativeBias(TABLE)},
@@ -55,7 +55,7 @@ CASES = {
     "zero border": {"pattern": Blocked((4, 5), (2, 5), 1, border="zero"), "bias": DecoupledBias((ROWS, COLUMNS))},
     "dense bias": {"pattern": Dense(), "bias": DENSE},
     "low rank": {"pattern": Causal(), "bias": LowRankBias(LEFT, RIGHT)},
-    "headwise": {"bias": HeadwiseBias(LowRankBias(LEFT, RIGHT), (1,), DENSE[:, :1], (0,))},
+    "headwise": {"bias": HeadwiseBias(LowRankBias(LEFT, RIGHT), (1,), ONE, (0,))},
     "key logits": {"key_logits": LOGITS},
     "sigmoid": {"normalize": Sigmoid(-2.0, 0.1, "length"), "pattern": Causal()},
     "masked": {"pattern": Masked(torch.ones(20, 20, dtype=torch.bool).tril(3))},
@@ -69,7 +69,7 @@ def traced(function):
     found: list[int] = []
 
     def backend(graph, _inputs):
-        found.append(sum(node.target is NODE for node in graph.graph.nodes))
+        found.append(sum(str(node.target).startswith("vislm.attend") for node in graph.graph.nodes))
         return graph.forward
 
     return torch.compile(function, backend=backend, fullgraph=True), found
@@ -86,11 +86,10 @@ def test_one_node_with_the_numbers_of_the_call(case) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case) -> None:
     given = heads()
-    learned = [tensor for tensor in (TABLE, ROWS, COLUMNS, DENSE, LEFT, RIGHT, LOGITS) if tensor.requires_grad]
 
     def gradients(function):
         loss = function(*given, **CASES[case]).sin().sum()
-        return torch.autograd.grad(loss, [*given, *learned], allow_unused=True)
+        return torch.autograd.grad(loss, [*given, *LEARNED], allow_unused=True)
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     for ours, expected in zip(gradients(compiled), gradients(attend), strict=True):

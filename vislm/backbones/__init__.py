@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vislm.backbones.config import HaloNetConfig, HaloStageConfig, HierarchicalConfig, StageConfig
+from vislm.backbones.config import HaloNetConfig, HaloStageConfig, HierarchicalConfig, StageConfig, ViTConfig
 from vislm.backbones.factory import build, create_model
 from vislm.backbones.official import from_official
 from vislm.backbones.timm_names import register_timm
@@ -15,6 +15,7 @@ __all__ = [
     "Published",
     "StageConfig",
     "Variant",
+    "ViTConfig",
     "build",
     "create_model",
     "from_official",

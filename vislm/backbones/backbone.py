@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from vislm.attention.tokens import to_map, to_tokens
+from vislm.backbones.checkpointing import set_checkpointing
 from vislm.backbones.config import BackboneConfig
 from vislm.errors import UnknownName, UsageError
 
 FORMATS = ("NCHW", "NLC")
+LAST = 99999
+FIRST_GROUP = r"^(?:stem|cls_token|reg_token|pos_embed)"
+GROUPS = [
+    (r"^stages\.(\d+)\.(?:blocks\.)?(\d+)\.", None),
+    (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
+    (r"^stages\.(\d+)\.", (LAST,)),
+    (r"^blocks\.(\d+)\.", None),
+    (r"^(?:norm|final_conv)\.", (LAST,)),
+]
+COARSE_GROUPS = [(r"^(?:stages|blocks)\.(\d+)\.", None), (r"^(?:norm|final_conv)\.", (LAST,))]
 
 
 class Backbone(nn.Module):
@@ -27,6 +38,8 @@ class Backbone(nn.Module):
 
     stages: nn.ModuleList
     head: nn.Module
+    num_prefix_tokens = 0
+    grad_checkpointing = False
 
     def __init__(self, config: BackboneConfig, num_features: int, reductions: Sequence[int]) -> None:
         super().__init__()
@@ -35,6 +48,11 @@ class Backbone(nn.Module):
             {"num_chs": stage.dim, "reduction": reduction, "module": f"stages.{index}"}
             for index, (stage, reduction) in enumerate(zip(config.stages, reductions, strict=True))
         ]
+
+    @property
+    def levels(self) -> nn.ModuleList:
+        """The parts whose outputs are features: the stages, or a plain transformer's blocks."""
+        return self.stages
 
     def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Yield each stage's output ``(B, C_i, H_i, W_i)`` for images ``(B, 3, H, W)`` of any size."""
@@ -82,13 +100,13 @@ class Backbone(nn.Module):
         """
         if output_fmt not in FORMATS:
             raise UnknownName("output_fmt", output_fmt, FORMATS)
-        wanted = self._stage_indices(indices)
+        wanted = self._level_indices(indices)
         outputs, tokens = dict[int, Tensor](), None
         for index, features in enumerate(self.stage_maps(images)):
             outputs[index] = features
             if intermediates_only and stop_early and index == max(wanted):
                 break
-        last = len(self.stages) - 1
+        last = len(self.levels) - 1
         if not intermediates_only or (norm and last in wanted):
             tokens = self.finish(outputs[last])
         if norm and last in wanted and tokens is not None:
@@ -100,8 +118,8 @@ class Backbone(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages behind the last one wanted, and the head; return the stages wanted, counted from 0."""
-        wanted = self._stage_indices(indices)
-        del self.stages[max(wanted) + 1 :]
+        wanted = self._level_indices(indices)
+        del self.levels[max(wanted) + 1 :]
         if prune_head:
             self.reset_classifier(0)
         return wanted
@@ -118,6 +136,14 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.head = Head(self.num_features, num_classes, self.config.drop_rate).to(weight.device, weight.dtype)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass and keep nothing of their insides: less memory, more time."""
+        set_checkpointing(self, enable)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return regular expressions for timm: parameters by depth, for learning rates that fall layer by layer."""
+        return {"stem": FIRST_GROUP, "blocks": COARSE_GROUPS if coarse else GROUPS}
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that take no weight decay, beside biases and norms."""
         names = set[str]()
@@ -127,8 +153,8 @@ class Backbone(nn.Module):
                 names |= {f"{prefix}.{name}" for name in own()}
         return names & {name for name, _ in self.named_parameters()}
 
-    def _stage_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        count = len(self.stages)
+    def _level_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        count = len(self.levels)
         if indices is None or isinstance(indices, int):
             wanted = list(range(count - (count if indices is None else indices), count))
         else:
@@ -182,5 +208,15 @@ def initialize(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def initialize_convolutions(module: nn.Module) -> None:
+    """Draw the convolutions inside: normal with variance 2 / (kernel size * channels out / groups), biases 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            fan_out = part.weight[0, 0].numel() * part.out_channels // part.groups
+            nn.init.normal_(part.weight, std=(2.0 / fan_out) ** 0.5)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)

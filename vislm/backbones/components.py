@@ -37,6 +37,21 @@ class Downsampler(Protocol):
         ...
 
 
+class Final(Protocol):
+    """Between the last stage and the head."""
+
+    num_features: int
+    """Width behind it."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return tokens ``(B, N, num_features)`` for x ``(B, N, C)``."""
+        ...
+
+    def macs(self, grid: Sequence[int]) -> int:
+        """Return the multiply-adds of one image."""
+        ...
+
+
 class Branch(Protocol):
     """A block's attention or feed-forward branch."""
 
@@ -50,7 +65,11 @@ class Branch(Protocol):
 
 
 class Block(Protocol):
-    """Attention and feed-forward branch of one layer, with their norms and shortcuts."""
+    """Attention and feed-forward branch of one layer, with their norms and shortcuts.
+
+    A block with a true attribute ``relays`` hands something on to the next block of its stage: it is called with what
+    the one before handed on (or None) as a third argument, and returns a pair.
+    """
 
     def __call__(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Return ``(B, N, C)`` for x ``(B, N, C)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any, Literal
 
 Component = Mapping[str, Any]
@@ -20,12 +21,19 @@ class StageConfig:
         num_heads: attention heads of each block.
         blocks: options of the mixer that differ from block to block, repeated until there are ``depth`` of them; an
             entry with a ``name`` is a mixer of its own.
+        ffn: options of the feed-forward branch that differ from the model's; with a ``name``, one of its own.
+        layer_scale: initial factor of both branches, None = the model's.
+        pos_embed: side of the square grid of a learned position table, added in front of the blocks and resized to any
+            other grid; None = without.
     """
 
     dim: int
     depth: int
     num_heads: int
     blocks: tuple[Component, ...] = ({},)
+    ffn: Component = field(default_factory=dict)
+    layer_scale: float | None = None
+    pos_embed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,12 @@ class HierarchicalConfig:
         downsample: between two stages; see ``vislm.backbones.downsamplers``.
         mixer: an attention of ``vislm.attention`` and its options.
         ffn: the blocks' second branch; see ``vislm.backbones.ffn``.
+        final: between the last stage and the head; see ``vislm.backbones.finals``.
+        init: ``"linear"`` draws the linear maps, truncated normal with deviation 0.02; ``"fan_out"`` the convolutions
+            too, normal with variance 2 / (kernel size * channels out / groups).
         layer_scale: initial factor of both branches, None = without.
+        norm_eps: of the layer norms in blocks and behind stages.
+        stage_norm: a layer norm behind every stage, and not behind the last one alone.
         drop_path_rate: probability of dropping the last block's branches; rises linearly from 0.
         drop_rate: dropout in front of the classifier.
         in_chans: channels of the image.
@@ -52,7 +65,11 @@ class HierarchicalConfig:
     ffn: Component
     block: Component = field(default_factory=lambda: {"name": "pre_norm"})
     downsample: Component | None = None
+    final: Component = field(default_factory=lambda: {"name": "layer_norm"})
+    init: Literal["linear", "fan_out"] = "linear"
     layer_scale: float | None = None
+    norm_eps: float = 1e-5
+    stage_norm: bool = False
     drop_path_rate: float = 0.0
     drop_rate: float = 0.0
     in_chans: int = 3
@@ -109,5 +126,68 @@ class HaloNetConfig:
     num_classes: int = 1000
 
 
-BackboneConfig = HierarchicalConfig | HaloNetConfig
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A plain vision transformer: patches with class and register tokens in front, blocks of one width, a classifier.
+
+    Args:
+        dim: width C.
+        depth: number of blocks.
+        num_heads: attention heads of each block.
+        mixer: an attention of ``vislm.attention`` and its options. Where there are class or register tokens it must
+            have the option ``num_prefix_tokens``, which is given to it.
+        blocks: options of the mixer that differ from block to block, repeated until there are ``depth`` of them; an
+            entry with a ``name`` is a mixer of its own.
+        stem: image to tokens; see ``vislm.backbones.stems``.
+        ffn: the blocks' second branch; see ``vislm.backbones.ffn``.
+        pos_embed: side of the square grid of a learned position table, resized to any other grid; None = without.
+        class_token: put a learned token in front.
+        num_registers: further learned tokens behind the class token.
+        embed_prefix: class and register tokens have entries in the position table too.
+        global_pool: what the classifier reads: ``"token"``, the class token, or ``"avg"``, the patches' mean.
+        layer_scale: initial factor of both branches, None = without.
+        norm_eps: of the layer norms.
+        drop_path_rate: probability of dropping the last block's branches; rises linearly from 0.
+        drop_rate: dropout in front of the classifier.
+        in_chans: channels of the image.
+        num_classes: classes, 0 = no classifier.
+    """
+
+    dim: int
+    depth: int
+    num_heads: int
+    mixer: Component = field(default_factory=lambda: {"name": "dense"})
+    blocks: tuple[Component, ...] = ({},)
+    stem: Component = field(default_factory=lambda: {"name": "patch", "patch_size": 16, "norm": False})
+    ffn: Component = field(default_factory=lambda: {"name": "mlp"})
+    pos_embed: int | None = 14
+    class_token: bool = True
+    num_registers: int = 0
+    embed_prefix: bool = True
+    global_pool: Literal["token", "avg"] = "token"
+    layer_scale: float | None = None
+    norm_eps: float = 1e-6
+    drop_path_rate: float = 0.0
+    drop_rate: float = 0.0
+    in_chans: int = 3
+    num_classes: int = 1000
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens."""
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def stages(self) -> tuple[StageConfig, ...]:
+        """One stage per block, with its mixer."""
+        prefix = {"num_prefix_tokens": self.num_prefix_tokens} if self.num_prefix_tokens else {}
+        own = islice(cycle(self.blocks), self.depth)
+        mixers = [dict(options) if "name" in options else {**self.mixer, **options} for options in own]
+        return tuple(
+            StageConfig(dim=self.dim, depth=1, num_heads=self.num_heads, blocks=({**mixer, **prefix},))
+            for mixer in mixers
+        )
+
+
+BackboneConfig = HierarchicalConfig | HaloNetConfig | ViTConfig
 """Every kind of backbone."""

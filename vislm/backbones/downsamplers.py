@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vislm.attention.tokens import to_map, to_tokens
+from vislm.backbones.downsamplers_patch import PatchDownsampler
+from vislm.backbones.moh import OverlappingDownsampler
+from vislm.backbones.sg_former import SgFormerDownsampler
+from vislm.backbones.van import BatchNormDownsampler
 
 
 class ConvDownsampler(nn.Module):
@@ -62,5 +66,12 @@ def _macs(weight: Tensor, grid: Sequence[int]) -> tuple[int, tuple[int, ...]]:
     return math.prod(half) * weight.numel(), half
 
 
-DOWNSAMPLERS = {"conv": ConvDownsampler, "merge": MergeDownsampler}
+DOWNSAMPLERS = {
+    "conv": ConvDownsampler,
+    "merge": MergeDownsampler,
+    "overlapping": OverlappingDownsampler,
+    "patch": PatchDownsampler,
+    "sg_former": SgFormerDownsampler,
+    "overlapping_batch": BatchNormDownsampler,
+}
 """Name -> downsampler."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, overload
 
-from vislm.backbones.config import BackboneConfig, HaloNetConfig, HierarchicalConfig
+from vislm.backbones.config import BackboneConfig, HaloNetConfig, HierarchicalConfig, ViTConfig
 from vislm.backbones.halonet import HaloNet
 from vislm.backbones.hierarchical import Hierarchical
 from vislm.backbones.variants import variant
+from vislm.backbones.vit import ViT
 from vislm.backbones.weights import load_file
+
+Model = Hierarchical | HaloNet | ViT
+"""Every kind of model."""
 
 
 @overload
@@ -20,17 +24,23 @@ def build(config: HierarchicalConfig) -> Hierarchical: ...
 def build(config: HaloNetConfig) -> HaloNet: ...
 
 
-def build(config: BackboneConfig) -> Hierarchical | HaloNet:
+@overload
+def build(config: ViTConfig) -> ViT: ...
+
+
+def build(config: BackboneConfig) -> Model:
     """Return a model of random weights.
 
     Raises:
         UnknownName: a component or option that does not exist; names the nearest ones.
         UsageError: sizes that do not fit.
     """
+    if isinstance(config, ViTConfig):
+        return ViT(config)
     return Hierarchical(config) if isinstance(config, HierarchicalConfig) else HaloNet(config)
 
 
-def create_model(name: str, *, weights: str | Path | None = None, **overrides: Any) -> Hierarchical | HaloNet:
+def create_model(name: str, *, weights: str | Path | None = None, **overrides: Any) -> Model:
     """Return a published variant, in training mode.
 
     Args:

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from vislm.backbones.ffn_conv import ConvGlu, ResidualConvMlp
+from vislm.backbones.stvit import StvitMlp
+from vislm.backbones.van import ConvMlp
+
 
 class Mlp(nn.Module):
     """``fc2(gelu(fc1(x)))`` with a hidden width of ``int(ratio * dim)``."""
@@ -26,5 +30,11 @@ class Mlp(nn.Module):
         return math.prod(grid) * (self.fc1.weight.numel() + self.fc2.weight.numel())
 
 
-FFNS = {"mlp": Mlp}
+FFNS = {
+    "mlp": Mlp,
+    "residual_conv": ResidualConvMlp,
+    "conv_glu": ConvGlu,
+    "conv_mlp": ConvMlp,
+    "stvit": StvitMlp,
+}
 """Name -> feed-forward branch."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vislm.attention.halo import HaloAttention
 from vislm.attention.tokens import to_map, to_tokens
 from vislm.backbones.backbone import Backbone, DropPath, Head, drop_path_rates
+from vislm.backbones.checkpointing import run_block
 from vislm.backbones.config import HaloNetConfig, HaloStageConfig
 from vislm.backbones.reading import make
 
@@ -49,7 +50,8 @@ class HaloNet(Backbone):
         """Yield each stage's output ``(B, C_i, H_i, W_i)`` for images ``(B, 3, H, W)`` of any size."""
         x = self.stem(images)
         for stage in self.stages:
-            x = stage(x)
+            for block in stage.children():
+                x = run_block(block, x, recompute=self.grad_checkpointing)
             yield x
 
     def finish(self, features: Tensor) -> Tensor:

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from vislm.attention.tokens import to_tokens
+from vislm.backbones.moh import OverlappingStem
+from vislm.backbones.sg_former import SgFormerStem
+from vislm.backbones.stems_cswin import CswinStem
+from vislm.backbones.stvit import StvitStem
+from vislm.backbones.van import BatchNormStem
 
 
 class ConvStem(nn.Module):
@@ -42,18 +47,18 @@ class ConvStem(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Non-overlapping patches of an image padded with zeros to whole ones, one linear map, then LayerNorm.
+    """Non-overlapping patches of an image padded with zeros to whole ones, one linear map, then perhaps LayerNorm.
 
     Source: Swin (arXiv 2103.14030) and DiNAT_s (arXiv 2209.15001).
     """
 
     first_conv = "proj"
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int = 4) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, norm: bool = True) -> None:
         super().__init__()
         self.reduction = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Return tokens ``(B, N, dim)`` and their grid, the image's sides over ``patch_size``, rounded up."""
@@ -67,5 +72,13 @@ class PatchStem(nn.Module):
         return math.prod(grid) * self.proj.weight.numel(), grid
 
 
-STEMS = {"conv": ConvStem, "patch": PatchStem}
+STEMS = {
+    "conv": ConvStem,
+    "patch": PatchStem,
+    "cswin": CswinStem,
+    "overlapping": OverlappingStem,
+    "sg_former": SgFormerStem,
+    "overlapping_batch": BatchNormStem,
+    "stvit": StvitStem,
+}
 """Name -> stem."""

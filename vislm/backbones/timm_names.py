@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vislm.backbones.config import HierarchicalConfig
+from vislm.backbones.config import HaloNetConfig
 from vislm.backbones.factory import create_model
 from vislm.backbones.stems import STEMS
 from vislm.backbones.variants import Variant, list_models, variant
@@ -20,7 +20,8 @@ def register_timm() -> dict[str, str]:
     """Register every variant with timm, once, and return our name -> timm's name.
 
     They are the same, but where timm has a model of that name: then ours is ``vislm_<name>``.
-    ``timm.list_models(module="timm_names")`` lists them.
+    ``timm.list_models(module="timm_names")`` lists them. Weights come from a file:
+    ``timm.create_model("nat_tiny", checkpoint_path="model.safetensors")``.
     """
     if not _REGISTERED:
         import timm
@@ -38,11 +39,22 @@ default_cfgs: dict[str, dict[str, Any]] = {}
 
 
 def _preprocessing(entry: Variant) -> dict[str, Any]:
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
     side = entry.published.input_size
     config, first = entry.config, "stem.conv1.conv"
-    if isinstance(config, HierarchicalConfig):
+    if not isinstance(config, HaloNetConfig):
         first = f"stem.{STEMS[config.stem['name']].first_conv}"
-    return {"input_size": (3, side, side), "crop_pct": 0.875, "first_conv": first, "classifier": "head.fc"}
+    return {
+        "input_size": (config.in_chans, side, side),
+        "crop_pct": entry.published.crop_pct,
+        "interpolation": entry.published.interpolation,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "num_classes": config.num_classes,
+        "first_conv": first,
+        "classifier": "head.fc",
+    }
 
 
 def _entry(name: str, registered: str) -> Callable[..., nn.Module]:

@@ -6,14 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vislm.backbones.config import BackboneConfig, HaloNetConfig, HierarchicalConfig
+from vislm.backbones.config import BackboneConfig, HaloNetConfig, HierarchicalConfig, ViTConfig
 from vislm.backbones.reading import read
 from vislm.errors import UnknownName, UsageError
 
 FOLDER = Path(__file__).parent / "configs"
-SKELETONS: dict[str, type[BackboneConfig]] = {"hierarchical": HierarchicalConfig, "halonet": HaloNetConfig}
+SKELETONS: dict[str, type[BackboneConfig]] = {
+    "hierarchical": HierarchicalConfig,
+    "halonet": HaloNetConfig,
+    "vit": ViTConfig,
+}
 """Name of a skeleton -> its fields."""
 
 
@@ -27,6 +31,9 @@ class Published:
         gmacs: multiply-adds in 10^9 at ``input_size``, which papers call FLOPs; None = not reported.
         top1: accuracy on ImageNet-1k in percent; None = not reported.
         input_size: side of the images.
+        crop_pct: that side as a part of the image's shorter side, when they are cut out in the middle.
+        interpolation: how images are resized, ``bicubic`` or ``bilinear``; colours are normalised as for all of
+            ImageNet.
     """
 
     source: str
@@ -34,6 +41,8 @@ class Published:
     gmacs: float | None = None
     top1: float | None = None
     input_size: int = 224
+    crop_pct: float = 0.875
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 @dataclass(frozen=True, kw_only=True)

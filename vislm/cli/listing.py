@@ -6,10 +6,15 @@ from typing import Annotated
 
 import typer
 
+from vislm.cli._options import Device
+
 
 def list_names(
     kind: Annotated[
-        str, typer.Argument(help="models, families, pruning, heads, benchmarks or backends; nothing lists all.")
+        str,
+        typer.Argument(
+            help="models, families, backbones, attentions, pruning, heads, benchmarks or backends; nothing lists all."
+        ),
     ] = "all",
 ) -> None:
     """List what the package offers."""
@@ -21,13 +26,24 @@ def list_names(
     for name in SECTIONS if kind == "all" else [kind]:
         if kind == "all":
             typer.echo(f"{name}:")
-        for entry, text in SECTIONS[name]():
-            typer.echo(f"  {entry:<12} {text}".rstrip() if text else f"  {entry}")
+        entries = list(SECTIONS[name]())
+        width = max(12, *(len(entry) for entry, _ in entries))
+        for entry, text in entries:
+            typer.echo(f"  {entry:<{width}} {text}".rstrip() if text else f"  {entry}")
 
 
-def info(name: Annotated[str, typer.Argument(help="A method, or a model: embedded, folder or hub name.")]) -> None:
-    """Show a method's options, or a model's sizes and costs."""
+def info(
+    name: Annotated[str, typer.Argument(help="A method, a backbone, or a model: embedded, folder or hub name.")],
+    size: Annotated[
+        str | None,
+        typer.Option(help="Image that a backbone is measured with, such as 448 or 800x1333; default: as published."),
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Show a method's options, or a model's sizes and costs; a backbone's time, memory and field are measured."""
     from vislm.catalog import describe
+    from vislm.cli._sizes import parse_sizes
 
-    for line in describe(name):
+    sides = None if size is None else parse_sizes("--size", size, axes=2)
+    for line in describe(name, None if sides is None else (sides[0], sides[1]), device):
         typer.echo(line)

@@ -12,9 +12,10 @@ from vislm.kernels.normalization import normalized, row_entropy
 from vislm.kernels.patterns import Causal, Dense
 from vislm.kernels.request import AttentionRequest
 from vislm.kernels.rows import row_position
+from vislm.kernels.scratch import Scratch, scratch_for
 
 CPU_PAIRS = 1 << 19
-"""Query-key pairs computed at once on a CPU: they stay in its cache between the two products."""
+"""Query-key pairs computed at once by each thread of a CPU, about what its cache holds."""
 PAIRS = 1 << 25
 """The same on other devices."""
 MAX_ROWS = 128
@@ -65,7 +66,8 @@ def sweep(request: AttentionRequest) -> Sweep:
         None if members is None else empty(num_queries, members.shape[-1]),
         empty(num_keys) if wanted.received or wanted.received_where is not None else None,
     )
-    limit = CPU_PAIRS if device.type == "cpu" else PAIRS
+    scratch = scratch_for(request.query, dtype)
+    limit = CPU_PAIRS * torch.get_num_threads() if device.type == "cpu" else PAIRS
     rows = max(1, min(MAX_ROWS, num_queries, limit // max(1, groups * num_keys)))
     at_once = max(1, limit // max(1, groups * rows * num_keys))
     for first in range(0, num_queries, rows):
@@ -79,10 +81,14 @@ def sweep(request: AttentionRequest) -> Sweep:
         for head in range(0, attentions, at_once):
             heads = slice(head, min(head + at_once, attentions))
             mine = query[heads, :, first:last].flatten(1, 2).to(dtype)
-            logits = torch.bmm(mine * request.scale, key[heads, :seen].transpose(1, 2)).unflatten(1, (groups, -1))
+            logits = torch.bmm(
+                mine * request.scale,
+                key[heads, :seen].transpose(1, 2),
+                out=scratch.take("logits", len(mine), mine.shape[1], seen),
+            ).unflatten(1, (groups, -1))
             if hidden is not None:
                 logits += _of_heads(hidden, heads, key_heads, groups)
-            weights, log_sum = _normalized(request, logits, position, hidden is not None)
+            weights, log_sum = _normalized(request, logits, position, hidden is not None, scratch)
             _record(result, request, logits, weights, log_sum, heads, first, last)
             flat = weights.flatten(1, 2)
             if result.output is not None and value is not None:
@@ -125,11 +131,11 @@ def _record(
 
 
 def _normalized(
-    request: AttentionRequest, logits: Tensor, position: Tensor, may_be_blind: bool
+    request: AttentionRequest, logits: Tensor, position: Tensor, may_be_blind: bool, scratch: Scratch
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weights, and the log-sum-exp unless it follows from the weights; logits (x, G, R, Nk)."""
     if request.normalize == "softmax" and not may_be_blind and logits.shape[-1]:
-        return torch.softmax(logits, dim=-1), None
+        return torch.softmax(logits, dim=-1, out=scratch.take("weights", *logits.shape)), None
     return normalized(request.normalize, logits, position)
 
 

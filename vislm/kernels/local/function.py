@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vislm.kernels.local.scratch import Scratch, scratch_for
 from vislm.kernels.local.tiles import (
     Chunk,
     Settings,
@@ -25,6 +24,7 @@ from vislm.kernels.local.tiles import (
     query_tiles,
     weights_of,
 )
+from vislm.kernels.scratch import Scratch, scratch_for
 
 
 class LocalAttention(torch.autograd.Function):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from vislm.kernels.local.run import prepared
-from vislm.kernels.local.scratch import scratch_for
 from vislm.kernels.local.tiles import (
     Chunk,
     Settings,
@@ -22,6 +21,7 @@ from vislm.kernels.local.tiles import (
 )
 from vislm.kernels.normalization import row_entropy
 from vislm.kernels.request import AttentionRequest
+from vislm.kernels.scratch import scratch_for
 from vislm.kernels.statistics import Statistics
 
 

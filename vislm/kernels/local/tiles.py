@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vislm.kernels.local.plan import Plan
-from vislm.kernels.local.scratch import Scratch
 from vislm.kernels.normalization import Sigmoid
+from vislm.kernels.scratch import Scratch
 from vislm.kernels.softmax import masked_softmax
 
 CPU_CHUNK_PAIRS = 1 << 17
