@@ -20,4 +20,4 @@ def set_checkpointing(model: nn.Module, enable: bool) -> None:
     """Set ``grad_checkpointing`` on every part of a model that has it."""
     for module in model.modules():
         if hasattr(module, "grad_checkpointing"):
-            setattr(module, "grad_checkpointing", enable)
+            module.grad_checkpointing = enable
