@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,4 +20,4 @@ def set_checkpointing(model: nn.Module, enable: bool) -> None:
     """Set ``grad_checkpointing`` on every part of a model that has it."""
     for module in model.modules():
         if hasattr(module, "grad_checkpointing"):
-            module.grad_checkpointing = enable
+            cast(Any, module).grad_checkpointing = enable
