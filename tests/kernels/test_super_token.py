@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from vislm.errors import UsageError
 from vislm.kernels.super_token import aggregate, associate, sample_super_tokens, spread
 
-GOLDEN = Path(__file__).parent / "golden" / "super_token"
+GOLDEN = Path(__file__).parents[1] / "golden" / "super_token"
 GRID, CELL = (6, 8), (3, 2)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
+from vislm.attention.layer_scale import LayerScale
 from vislm.attention.sigmoid import SigmoidAttention
 from vislm.attention.sigmoid_heads import initialize
 from vislm.errors import UnknownName
@@ -18,18 +18,6 @@ from vislm.kernels import Dense, Pattern
 
 _DENSE = Dense()
 _POST_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-
-
-class LayerScale(nn.Module):
-    """Multiplies each channel of a branch by a learned ``gamma (C,)``, small at first."""
-
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``gamma * x`` for x ``(..., C)``."""
-        return self.gamma * x
 
 
 class SigmoidBlock(nn.Module):

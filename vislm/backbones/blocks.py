@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from vislm.attention import attention_class
 from vislm.attention.hybrid_scale import HybridScaleAttention
+from vislm.attention.layer_scale import LayerScale
 from vislm.attention.self_guided import SelfGuidedAttention
 from vislm.attention.tokens import to_map, to_tokens
 from vislm.backbones.backbone import DropPath
@@ -114,18 +114,6 @@ class ConvPosition(PreNorm):
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""
         return super().macs(grid) + math.prod(grid) * self.pos_embed.weight.numel()
-
-
-class LayerScale(nn.Module):
-    """Multiplies each channel by a learned ``gamma (C,)``."""
-
-    def __init__(self, dim: int, init: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``gamma * x`` for x ``(..., C)``."""
-        return self.gamma * x
 
 
 BLOCKS = {
