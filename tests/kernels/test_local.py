@@ -297,3 +297,20 @@ def test_gradcheck() -> None:
         return result.output, result.statistics.lse
 
     assert torch.autograd.gradcheck(call, (*tensors, table))
+
+
+def test_a_thread_keeps_its_memory_until_it_is_released() -> None:
+    from vislm.kernels.scratch import release_scratch, scratch_for
+
+    pattern = Neighborhood((12, 12), 3)
+    query, key, value = tensors_for(pattern)
+    with torch.inference_mode():
+        first = attend(query, key, value, pattern=pattern, backend="torch")
+    kept = scratch_for(query, query.dtype)
+    assert kept.bytes > 0
+    again = attend(query.requires_grad_(), key, value, pattern=pattern, backend="torch")  # writes to the same memory
+    again.sum().backward()
+    assert torch.equal(first, again)
+    assert scratch_for(query, query.dtype) is kept
+    release_scratch()
+    assert scratch_for(query, query.dtype).bytes == 0

@@ -54,3 +54,8 @@ def scratch_for(tensor: Tensor, dtype: torch.dtype) -> Scratch:
 
 
 _kept = _Kept()
+
+
+def release_scratch() -> None:
+    """Give back the memory that this thread keeps between passes."""
+    _kept.by_dtype.clear()

@@ -23,6 +23,7 @@ import torch
 
 from vislm.bench.kernels.cases import Case, Setting
 from vislm.bench.kernels.plan import DIRECTIONS, Direction, calls_of, cases_of
+from vislm.kernels.scratch import release_scratch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _ALWAYS_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
@@ -67,6 +68,7 @@ def main(order: str) -> None:
 def _resident_peak(call: Callable[[], object]) -> int:
     """Return by how many bytes the process's resident memory grows at most during the second call."""
     call()
+    release_scratch()  # it would count as there before the call
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
