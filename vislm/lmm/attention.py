@@ -59,7 +59,11 @@ class AttentionCall:
 Site = Callable[[AttentionCall, Tensor], Tensor]
 """Gets the call and the heads' output (B, Nq, H, d); returns the output to use."""
 
+LogitBias = Callable[[int, int], Tensor | None]
+"""Gets the numbers of queries and keys; returns what is added to the logits (B, 1 or H, Nq, Nk), or None."""
+
 _SITES: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
+_BIASES: weakref.WeakKeyDictionary[nn.Module, LogitBias] = weakref.WeakKeyDictionary()
 
 
 def watch(module: nn.Module, site: Site) -> None:
@@ -67,9 +71,29 @@ def watch(module: nn.Module, site: Site) -> None:
     _SITES[module] = site
 
 
+def bias(module: nn.Module, source: LogitBias) -> None:
+    """Add what ``source`` returns to the logits of every attention of ``module`` until ``unwatch``."""
+    _BIASES[module] = source
+
+
 def unwatch(module: nn.Module) -> None:
-    """Stop watching ``module``."""
+    """Stop watching ``module``, and stop adding to its logits."""
     _SITES.pop(module, None)
+    _BIASES.pop(module, None)
+
+
+def add_to_mask(mask: Tensor | None, addend: Tensor, is_causal: bool, dtype: torch.dtype) -> Tensor:
+    """Return one additive mask (B, 1 or H, Nq, Nk) that stands for ``mask`` (bool, additive or None) and ``addend``."""
+    total = addend.to(torch.float32)
+    lowest = torch.finfo(dtype).min
+    if mask is None and is_causal:
+        queries, keys = total.shape[-2:]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=total.device).tril(keys - queries)
+    if mask is None:
+        return total.to(dtype)
+    if mask.dtype == torch.bool:
+        return total.masked_fill(~mask, lowest).to(dtype)
+    return (total + mask.float()).clamp(min=lowest).to(dtype)
 
 
 def vislm_attention(
@@ -83,6 +107,16 @@ def vislm_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Return sdpa's output (B, Nq, H, d), passed through the site that watches ``module``, if any."""
+    queries = query.shape[2]
+    causal = (
+        attention_mask is None and queries > 1 and bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
+    )
+    if causal and key.shape[2] > queries:  # the empty tail of a static cache
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    source = _BIASES.get(module)
+    addend = None if source is None else source(queries, key.shape[2])
+    if addend is not None:
+        attention_mask, causal = add_to_mask(attention_mask, addend, causal, query.dtype), False
     out, _ = sdpa_attention_forward(
         module,
         query,
@@ -96,12 +130,6 @@ def vislm_attention(
     site = _SITES.get(module)
     if site is None:
         return out, None
-    queries, keys = query.shape[2], key.shape[2]
-    causal = (
-        attention_mask is None and queries > 1 and bool(kwargs.get("is_causal", getattr(module, "is_causal", True)))
-    )
-    if causal and keys > queries:  # the empty tail of a static cache
-        key, value = key[:, :, :queries], value[:, :, :queries]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return site(AttentionCall(query, key, value, attention_mask, causal, scale), out), None
 

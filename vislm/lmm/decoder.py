@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vislm.errors import UsageError
+from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.hooks import Hooks, named_arguments
-from vislm.lmm.interventions import Kept, LanguageStage, LanguageView
+from vislm.lmm.interventions import Kept, LanguageSelection, LanguageStage, LanguageView
 from vislm.lmm.prompt import refuse_static_cache
 from vislm.lmm.state import PromptMap, SessionState, first_layer_keys
 from vislm.lmm.tokens import compact, gather_rows
@@ -29,6 +29,10 @@ class Segment:
     """P."""
     image_of: Tensor
     """(B, n)."""
+    token_of: Tensor
+    """(B, n) place in the image's full token sequence."""
+    size: Tensor | None = None
+    """(B, n) original tokens that a column stands for; None: one each."""
     positions: Tensor | None = None
     """(B, n) new position ids, with contiguous positions; None keeps the original ones."""
     shift: Tensor | None = None
@@ -82,13 +86,19 @@ class DecoderPart:
 
     def __init__(self, shared: SessionState, stages: dict[int, tuple[int, LanguageStage]]) -> None:
         self.shared, self.stages = shared, stages
-        self.signals = {stage.signal_layer: (layer, stage) for layer, (_, stage) in stages.items()}
+        self.signals = {
+            stage.signal_layer: (layer, stage)
+            for layer, (_, stage) in stages.items()
+            if stage.signal_layer not in (None, layer)
+        }
         self.segments: list[Segment | None] = []
         self.signal: dict[int, Any] = {}
+        self.embeddings: Tensor | None = None
 
     def install(self, hooks: Hooks) -> None:
         """Add the pre-hooks."""
         layers = self.shared.adapter.layers
+        hooks.before(layers[0], self._remember)
         for number in range(min(self.stages), len(layers)):
             hooks.before(
                 layers[number], lambda module, args, kwargs, n=number: self._before_layer(module, n, args, kwargs)
@@ -99,6 +109,11 @@ class DecoderPart:
         refuse_static_cache(cache)
         self.segments = [None] * len(self.shared.adapter.layers)
         self.signal.clear()
+
+    def _remember(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Keep the prompt's embeddings until the last stage has seen them."""
+        if self.shared.phase == "prefill":
+            self.embeddings = args[0] if args else kwargs["hidden_states"]
 
     def observe(self, number: int, call: AttentionCall) -> None:
         """Take the signals that are due in decoder layer ``number`` of a prefill."""
@@ -113,10 +128,10 @@ class DecoderPart:
         arguments = named_arguments(module, args, kwargs)
         hidden = arguments["hidden_states"]
         if shared.phase == "prefill":
-            previous = self.segments[number - 1]
+            previous = self.segments[number - 1] if number else None
             segment = previous
             if number in self.stages:
-                segment, hidden = self._drop(number, hidden, previous, arguments["position_ids"])
+                segment, hidden = self._drop(module, number, arguments, previous)
             self.segments[number] = segment
             if segment is None:
                 return None
@@ -137,27 +152,55 @@ class DecoderPart:
         return (hidden,), arguments
 
     def _drop(
-        self, number: int, hidden: Tensor, previous: Segment | None, position_ids: Tensor
+        self, layer: nn.Module, number: int, arguments: dict[str, Any], previous: Segment | None
     ) -> tuple[Segment | None, Tensor]:
         shared, (owner, stage) = self.shared, self.stages[number]
-        prompt = shared.prompt
+        prompt, hidden = shared.prompt, arguments["hidden_states"]
         assert prompt is not None
-        image_of = previous.image_of if previous else prompt.image_of
+        current = previous or _whole(prompt)
+        if stage.signal_layer == number:
+            self.signal[number] = stage.signal(self._own_projections(layer, arguments, previous))
         real = self._real_columns(previous)
-        keep = stage.select(LanguageView(self.signal.pop(number), image_of, shared.run.memory[owner]))
-        if bool((~keep & (image_of < 0) & real).any()):
+        view = LanguageView(
+            signal=self.signal.pop(number, None),
+            image_of=current.image_of,
+            memory=shared.run.memory[owner],
+            hidden=hidden,
+            embeddings=hidden if self.embeddings is None else self.embeddings,
+            columns=current.index,
+            token_of=current.token_of,
+            visual_tokens=shared.run.visual_tokens,
+        )
+        chosen = stage.select(view)
+        selection = chosen if isinstance(chosen, LanguageSelection) else LanguageSelection(chosen)
+        if number == max(self.stages):
+            self.embeddings = None
+        if bool((~selection.keep & (current.image_of < 0) & real).any()):
             raise UsageError("a language stage must keep all text columns")
-        if bool((keep | ~real).all()):
+        if bool((selection.keep | ~real).all()) and selection.hidden is None:
             return previous, hidden
-        index, valid = compact(keep & real, pad="left")
-        before = previous.index if previous else torch.arange(hidden.shape[1], device=hidden.device).expand_as(keep)
-        segment = Segment(before.gather(1, index), valid, prompt.index.shape[1], gather_rows(image_of, index))
-        if segment.valid is not None:
-            segment.image_of = segment.image_of.masked_fill(~segment.valid, -1)
+        segment, index = _shorten(current, selection, real)
         if stage.positions == "contiguous":
-            self._renumber(segment, position_ids)
-        shared.run.keep_stage(Kept(f"layer {number}", _kept_per_image(segment, prompt, shared.run.stages)))
-        return segment, gather_rows(hidden, index)
+            self._renumber(segment, arguments["position_ids"])
+        shared.run.keep_stage(Kept(f"layer {number}", _kept_per_image(segment, len(shared.run.visual_tokens))))
+        return segment, gather_rows(hidden if selection.hidden is None else selection.hidden, index)
+
+    def _own_projections(self, layer: nn.Module, arguments: dict[str, Any], segment: Segment | None) -> AttentionCall:
+        """Return the attention that this layer would compute for the last row, on the columns alive."""
+        hidden = arguments["hidden_states"]
+        cos, sin = arguments["position_embeddings"]
+        if segment is not None:
+            if segment.positions is not None:
+                cos, sin = self.shared.adapter.rotary(hidden, segment.positions)
+            else:
+                cos, sin = gather_rows(cos, segment.index), gather_rows(sin, segment.index)
+        mask = arguments.get("attention_mask")
+        if segment is not None:
+            mask = segment.prefill_mask(mask)
+        query, key = project_last_query(layer, hidden, cos, sin)
+        attention = layer.get_submodule("self_attn")
+        scale = float(getattr(attention, "scaling", query.shape[-1] ** -0.5))
+        return AttentionCall(query, key, key, None if mask is None else mask[:, :, -1:], False, scale)
 
     def _real_columns(self, segment: Segment | None) -> Tensor:
         """Return (B, n) bool: False on padding, be it the caller's or ours."""
@@ -185,14 +228,52 @@ class DecoderPart:
         arguments["position_ids"] = gather_rows(positions.expand(hidden.shape[0], -1), segment.index)
 
 
-def _kept_per_image(segment: Segment, prompt: PromptMap, stages: list[Kept]) -> list[list[int]]:
+def project_last_query(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a decoder layer's query (B, H, 1, d) of the last row and keys (B, G, S, d), rotated, of hidden (B, S, C).
+
+    Raises:
+        PlanConflict: a layer without separate query and key projections.
+    """
+    attention = layer.get_submodule("self_attn")
+    if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj")):
+        raise PlanConflict(f"{type(attention).__name__} has no q_proj and k_proj; rank by an earlier layer instead")
+    normed = layer.get_submodule("input_layernorm")(hidden)
+
+    def rotated(name: str, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = attention.get_submodule(f"{name}_proj")(rows).unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)
+        x = (x if norm is None else norm(x)).transpose(1, 2)
+        first, second = x.chunk(2, -1)
+        return x * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
+
+    return rotated("q", normed[:, -1:], cos[:, -1:], sin[:, -1:]), rotated("k", normed, cos, sin)
+
+
+def _whole(prompt: PromptMap) -> Segment:
+    """Return the segment of all columns that entered the language model."""
+    rows, width = prompt.index.shape
+    index = torch.arange(width, device=prompt.index.device).expand(rows, width)
+    return Segment(index, None, width, prompt.image_of, prompt.token_of, prompt.size)
+
+
+def _shorten(current: Segment, selection: LanguageSelection, real: Tensor) -> tuple[Segment, Tensor]:
+    """Return the segment that a selection leaves, and the local indices (B, n) of its columns."""
+    index, valid = compact(selection.keep & real, pad="left")
+    size = current.size if selection.size is None else selection.size
+    segment = Segment(
+        current.index.gather(1, index),
+        valid,
+        current.prompt_length,
+        gather_rows(current.image_of, index),
+        gather_rows(current.token_of, index),
+        None if size is None else gather_rows(size, index),
+    )
+    if valid is not None:
+        segment.image_of = segment.image_of.masked_fill(~valid, -1)
+        segment.token_of = segment.token_of.masked_fill(~valid, -1)
+    return segment, index
+
+
+def _kept_per_image(segment: Segment, images: int) -> list[list[int]]:
     """Return, for every image, which of its full tokens are left."""
-    before = next((stage.index for stage in stages if stage.where == "prompt"), None)
-    kept: list[list[int]] = []
-    for image in range(int(prompt.image_of.max()) + 1):
-        row = int((prompt.image_of == image).any(-1).nonzero()[0])
-        columns = (prompt.image_of[row] == image).nonzero().flatten()
-        alive = segment.index[row][segment.image_of[row] == image]
-        order = torch.searchsorted(columns, alive).tolist()
-        kept.append([before[image][i] for i in order] if before else order)
-    return kept
+    return [segment.token_of[segment.image_of == image].tolist() for image in range(images)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.interventions import (
+    BiasStage,
     HeadStage,
     Intervention,
     LanguageStage,
@@ -27,6 +28,7 @@ class Plan:
     prompt: list[tuple[int, PromptStage]] = field(default_factory=list)
     language: dict[int, tuple[int, LanguageStage]] = field(default_factory=dict)
     """Decoder layer -> stage before it."""
+    biases: list[tuple[int, BiasStage]] = field(default_factory=list)
     heads: list[tuple[int, HeadStage]] = field(default_factory=list)
     positions: Positions = "original"
     """Positions of the tokens that survive until the language model."""
@@ -39,7 +41,7 @@ class Plan:
     @property
     def watches_language(self) -> bool:
         """Whether decoder attention must be seen."""
-        return bool(self.language or self.heads)
+        return bool(self.language or self.heads or self.biases)
 
 
 def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Plan:
@@ -72,7 +74,18 @@ def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Pla
         )
     for positions in wanted:
         plan.positions = positions
+    _check_tower_signals(plan)
     return plan
+
+
+def _check_tower_signals(plan: Plan) -> None:
+    """Raise ``PlanConflict`` when one method wants to see the whole tower and another one thins it."""
+    watchers = [o for o, s in plan.prompt if s.tower or s.needs_tower]
+    if watchers and plan.tower:
+        thinning = plan.interventions[next(iter(plan.tower.values()))[0]].name
+        raise PlanConflict(
+            f"{plan.interventions[watchers[0]].name} needs the whole vision tower's signals, but {thinning} prunes it"
+        )
 
 
 def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
@@ -90,14 +103,18 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
             raise PlanConflict(f"{plan.interventions[plan.prompt[0][0]].name} and {name} both prune the prompt")
         plan.prompt.append((owner, stage))
     elif isinstance(stage, LanguageStage):
-        if not 0 <= stage.signal_layer < stage.before_layer < depth:
+        signal = stage.before_layer if stage.signal_layer is None else stage.signal_layer
+        if not 0 <= signal <= stage.before_layer < depth:
             raise PlanConflict(
                 f"{name} prunes before decoder layer {stage.before_layer} with a signal of layer {stage.signal_layer}; "
-                f"the model has layers 0..{depth - 1}, and the signal must come from an earlier one"
+                f"the model has layers 0..{depth - 1}, and the signal must come from an earlier one or the same"
             )
-        if any(s.signal_layer == stage.signal_layer for _, s in plan.language.values()):
-            raise PlanConflict(f"two stages take their signal from decoder layer {stage.signal_layer}")
+        early = signal < stage.before_layer
+        if early and any(s.signal_layer == signal < s.before_layer for _, s in plan.language.values()):
+            raise PlanConflict(f"two stages take their signal from decoder layer {signal}")
         _claim(plan, plan.language, stage.before_layer, owner, stage, "the language model before layer")
+    elif isinstance(stage, BiasStage):
+        plan.biases.append((owner, stage))
     elif isinstance(stage, HeadStage):
         outside = sorted(n for n in stage.layers if not 0 <= n < depth)
         if outside:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vislm.errors import UsageError
-from vislm.lmm.interventions import ImageView, Kept, Positions, PromptStage
+from vislm.lmm.interventions import ImageView, Kept, Positions, PromptStage, Selection
 from vislm.lmm.state import PromptMap, SessionState
-from vislm.lmm.tokens import compact, gather_rows, number_images
+from vislm.lmm.tokens import compact, gather_rows, index_in_images, number_images
+from vislm.lmm.tower_record import TowerRecorder
 
 
 class PromptPart:
@@ -26,6 +27,9 @@ class PromptPart:
         self, shared: SessionState, stages: list[tuple[int, PromptStage]], drops: bool, positions: Positions
     ) -> None:
         self.shared, self.stages, self.drops, self.positions = shared, stages, drops, positions
+        wanted = {name: signal for _, stage in stages for name, signal in stage.tower.items()}
+        asked = bool(wanted) or any(stage.needs_tower for _, stage in stages)
+        self.recorder = TowerRecorder(shared, wanted) if asked else None
 
     def prefill(self, kwargs: dict[str, Any]) -> PromptMap:
         """Shorten the prompt in ``kwargs`` of the model's forward, in place; return the map."""
@@ -39,30 +43,38 @@ class PromptPart:
         self.shared.run.features = features
         is_image = ids == self.shared.adapter.image_token_id
         image_of = number_images(is_image, None if features is None else [len(f) for f in features])
+        token_of = index_in_images(image_of)
         has_image = is_image.any(-1)
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         if not self.drops or encoded is None or features is None:
-            return PromptMap(ids.shape[1], index, None, image_of, has_image)
+            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of)
 
-        keeps = [self._select(n, f, image_of) for n, f in enumerate(features)]
-        self.shared.run.keep_stage(Kept("prompt", [k.nonzero().flatten().tolist() for k in keeps]))
+        text = ~is_image if mask is None else ~is_image & mask.bool()
+        chosen = [self._select(n, f, image_of, ids, text) for n, f in enumerate(features)]
+        self.shared.run.keep_stage(_kept(chosen))
         keep = torch.ones_like(is_image)
-        keep[is_image] = torch.cat(keeps).to(keep.device)
-        if bool(keep.all()):
-            return PromptMap(ids.shape[1], index, None, image_of, has_image)
+        keep[is_image] = torch.cat([c.keep for c in chosen]).to(keep.device)
+        if bool(keep.all()) and all(c.features is None for c in chosen):
+            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of)
         refuse_static_cache(kwargs.get("past_key_values"))
         if mask is not None:
             keep &= mask.cumsum(-1) > 0  # the caller's left padding goes first; what is still needed comes back
         index, valid = compact(keep, pad="left")
-        prompt = PromptMap(ids.shape[1], index, valid, gather_rows(image_of, index), has_image, untouched=False)
+        prompt = PromptMap(
+            ids.shape[1], index, valid, gather_rows(image_of, index), has_image, gather_rows(token_of, index)
+        )
+        prompt.untouched = False
+        prompt.size = _sizes(chosen, is_image, index)
         if valid is not None:
             prompt.image_of = prompt.image_of.masked_fill(~valid, -1)
-        kept = replace(encoded, pooler_output=[f[k] for f, k in zip(features, keeps, strict=True)])
+            prompt.token_of = prompt.token_of.masked_fill(~valid, -1)
+        left = [f[c.keep] if c.features is None else c.features for f, c in zip(features, chosen, strict=True)]
+        kept = replace(encoded, pooler_output=left)
         kwargs["mm_encoder_outputs"] = {**kwargs["mm_encoder_outputs"], "image": kept}
         self._shorten(kwargs, prompt, mask)
         return prompt
 
-    def _select(self, number: int, features: Tensor, image_of: Tensor) -> Tensor:
+    def _select(self, number: int, features: Tensor, image_of: Tensor, ids: Tensor, text: Tensor) -> Selection:
         dropped = features.isnan().all(-1)  # the tower's verdict
         keep = ~dropped
         candidates = keep & self.shared.adapter.is_patch(features)
@@ -71,10 +83,15 @@ class PromptPart:
         sample = int((image_of == number).any(-1).nonzero()[0])
         for owner, stage in self.stages:
             view = ImageView(features, candidates, sample, number, self.shared.run.memory[owner])
+            view.text_ids = ids[sample][text[sample]]
+            if self.recorder is not None:
+                self.recorder.show(view, image_of)
             chosen = stage.select(view)
+            if isinstance(chosen, Selection):
+                return _checked(chosen, features, dropped)
             if not bool(chosen[candidates].all()):
                 keep = chosen & candidates
-        return keep
+        return Selection(keep)
 
     def _shorten(self, kwargs: dict[str, Any], prompt: PromptMap, mask: Tensor | None) -> None:
         index = prompt.index
@@ -128,6 +145,47 @@ class PromptPart:
             if mask is not None:
                 positions = (mask.cumsum(-1) - 1)[:, -new:]
         kwargs["position_ids"] = positions if prompt.shift is None else positions - prompt.shift
+
+
+def _checked(chosen: Selection, features: Tensor, dropped: Tensor) -> Selection:
+    """Return a stage's selection if it fits the image's n tokens."""
+    kept = int(chosen.keep.sum())
+    if chosen.keep.shape != features.shape[:1] or not kept:
+        raise UsageError(f"a prompt stage must keep some of {len(features)} tokens; got {tuple(chosen.keep.shape)}")
+    if chosen.features is None:
+        if bool((chosen.keep & dropped).any()):
+            raise UsageError("a prompt stage kept tokens that the vision tower had dropped")
+    elif chosen.features.shape != (kept, features.shape[1]):
+        raise UsageError(f"{kept} seats are kept, but the new tokens have the shape {tuple(chosen.features.shape)}")
+    else:
+        chosen = replace(chosen, features=chosen.features.to(features))
+    return chosen
+
+
+def _kept(chosen: list[Selection]) -> Kept:
+    merged = any(c.source is not None for c in chosen)
+    return Kept(
+        "prompt",
+        [c.keep.nonzero().flatten().tolist() for c in chosen],
+        [(torch.where(c.keep, c.keep.cumsum(0) - 1, -1) if c.source is None else c.source).tolist() for c in chosen]
+        if merged
+        else None,
+    )
+
+
+def _sizes(chosen: list[Selection], is_image: Tensor, index: Tensor) -> Tensor | None:
+    """Return (B, n) how many original tokens the columns ``index`` stand for; None if nothing was merged."""
+    if all(c.size is None for c in chosen):
+        return None
+    sizes = torch.ones(is_image.shape, dtype=torch.float32, device=is_image.device)
+    parts = []
+    for c in chosen:
+        part = torch.ones(c.keep.shape, dtype=torch.float32)
+        if c.size is not None:
+            part[c.keep.cpu()] = c.size.float().cpu()
+        parts.append(part)
+    sizes[is_image] = torch.cat(parts).to(sizes.device)
+    return gather_rows(sizes, index)
 
 
 def refuse_static_cache(cache: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vislm.lmm.decoder import DecoderPart
 from vislm.lmm.head_scaling import HeadPart
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import Intervention
+from vislm.lmm.logit_bias import BiasPart
 from vislm.lmm.plan import Plan, compile_plan
 from vislm.lmm.prompt import PromptPart
 from vislm.lmm.run import Run, clock
@@ -39,6 +40,7 @@ class Session:
         self._tower = TowerPart(self._state, self.plan.tower) if self.plan.tower else None
         self._prompt = PromptPart(self._state, self.plan.prompt, self.plan.drops_before_language, self.plan.positions)
         self._decoder = DecoderPart(self._state, self.plan.language) if self.plan.language else None
+        self._biases = BiasPart(self._state, self.plan.biases, self._decoder) if self.plan.biases else None
         self._heads = HeadPart(self._state, self.plan.heads) if self.plan.heads else None
         self._decoder_shape = DecoderShape.of(adapter.config.text_config)
         self._tower_shape = TowerShape.of(adapter.config, adapter.tower_prefix)
@@ -62,10 +64,15 @@ class Session:
             self._hooks.after(self.adapter.tower, self._after_tower)
             if self._tower:
                 self._tower.install(self._hooks)
+            if self._prompt.recorder:
+                self._prompt.recorder.install(self._hooks)
+            self._hooks.wrap(self.adapter.inner, "get_image_features", self._encoding)
             self._hooks.before(self.adapter.model, self._before_model)
             self._hooks.after(self.adapter.model, self._after_model, always=True)
             if self._decoder:
                 self._decoder.install(self._hooks)
+            if self._biases:
+                self._biases.install(self._hooks)
             if self.plan.watches_language:
                 for number, module in enumerate(self.adapter.attentions):
                     self._hooks.watch(module, lambda call, out, n=number: self._attention(n, call, out))
@@ -82,7 +89,8 @@ class Session:
         self._state.clear()
 
     def _select_attention(self) -> None:
-        needed = {"vision_config": bool(self._tower), "text_config": self.plan.watches_language}
+        tower = bool(self._tower or (self._prompt.recorder and self._prompt.recorder.wanted))
+        needed = {"vision_config": tower, "text_config": self.plan.watches_language}
         before = {k: getattr(self.adapter.config, k)._attn_implementation for k, wanted in needed.items() if wanted}
         for key, name in before.items():
             if name not in ("sdpa", attention.NAME):
@@ -95,6 +103,11 @@ class Session:
             self.adapter.model.set_attn_implementation(dict.fromkeys(before, attention.NAME))
 
     # -- hooks -------------------------------------------------------------------------------------------------------
+    def _encoding(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Remember how the images were cut into crops; later nobody says so."""
+        self._state.image_arguments = named_arguments(self.adapter.inner, args, kwargs, "get_image_features")
+        return encode(*args, **kwargs)
+
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._state.phase is None:  # else the model encodes its images itself, within the run that has begun
             self._state.pending = Run()
@@ -151,6 +164,7 @@ class Session:
             return
         run.seconds[phase] += clock(self.adapter.model.device) - self._started
         if phase == "prefill":
+            self._state.image_arguments = None
             run.layer_tokens = self._columns()
             self._count(run)
         else:

@@ -26,6 +26,10 @@ class PromptMap:
     """(B, n) number of the image a column belongs to, -1 on text and padding."""
     has_image: Tensor
     """(B,) bool."""
+    token_of: Tensor
+    """(B, n) place of a visual column in its image's full token sequence, -1 on text and padding."""
+    size: Tensor | None = None
+    """(B, n) float32: original tokens that a column stands for; None: one each."""
     shift: Tensor | None = None
     """(B, 1) how much smaller position ids are than the caller counts, with contiguous positions."""
     untouched: bool = True
@@ -47,6 +51,8 @@ class SessionState:
     prompt: PromptMap | None = None
     prompt_mask: Tensor | None = None
     """(B, n) the caller's mask of the prompt's columns; None without padding."""
+    image_arguments: dict[str, Any] | None = None
+    """What ``get_image_features`` was last called with: pixels, image sizes or patch grids."""
     pending: Run | None = None
     """Encoded images whose prompt has not come yet."""
     last_run: Run | None = None
@@ -62,6 +68,7 @@ class SessionState:
     def clear(self) -> None:
         """Forget everything but the last run's record."""
         self.phase, self.prompt, self.prompt_mask, self.pending = None, None, None, None
+        self.image_arguments = None
 
 
 def first_layer_keys(cache: Any) -> int:

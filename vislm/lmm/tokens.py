@@ -71,6 +71,20 @@ def check_keep(keep: int | float, total: int | None = None) -> None:
         raise UsageError(f"keep={keep} is more than the {total} visual tokens of an image; use keep={total} or fewer")
 
 
+def index_in_images(image_of: Tensor) -> Tensor:
+    """Return (B, S) int64: a visual column's place in its image's token sequence, -1 outside images.
+
+    Args:
+        image_of: (B, S) number of the image, ascending over the batch as ``number_images`` gives it; -1 elsewhere.
+    """
+    visual = image_of >= 0
+    numbers = image_of[visual]
+    starts = torch.nn.functional.pad(numbers.bincount().cumsum(0), (1, 0))
+    index = torch.full_like(image_of, -1)
+    index[visual] = torch.arange(len(numbers), device=numbers.device) - starts[numbers]
+    return index
+
+
 def number_images(is_image: Tensor, lengths: list[int] | None) -> Tensor:
     """Number the image columns of a batch of prompts.
 

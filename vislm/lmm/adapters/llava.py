@@ -134,6 +134,28 @@ class LlavaAdapter:
         """Return (n,) bool: which of an image's tokens features (n, C) are patches rather than separators."""
         return torch.ones(features.shape[0], dtype=torch.bool, device=features.device)
 
+    has_token_features = True
+    """Whether a patch has features of its own before the projector (no merger or shuffle joins patches)."""
+
+    def project(self, features: Tensor) -> Tensor:
+        """Return the language model's tokens (m, C) for patch features (m, Cv); where ``has_token_features``."""
+        return self.projector(features)
+
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        """Return how many crops the tower encodes for each image, from the arguments of ``get_image_features``."""
+        return [1] * len(arguments["pixel_values"])
+
+    def pack(self, maps: Tensor, arguments: dict[str, Any], image: int, newline: float) -> Tensor:
+        """Bring maps (K, N, c) of one image's crops into the order of its tokens (n, c), as the model packs features.
+
+        Args:
+            maps: values per patch; prefix tokens are not among them.
+            arguments: those of ``get_image_features``.
+            image: number of the image in that call.
+            newline: value of separator tokens.
+        """
+        return maps[0]
+
     def grids(self, features: Tensor) -> list[Grid]:
         """Return the rectangles that an image's tokens features (n, C) form."""
         height, width = self.patch_grid

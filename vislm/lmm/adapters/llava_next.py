@@ -6,7 +6,10 @@ Source: Liu et al., "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge", 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from vislm.lmm.adapters.llava import Grid, LlavaAdapter
 
@@ -25,6 +28,20 @@ class LlavaNextAdapter(LlavaAdapter):
     def is_patch(self, features: Tensor) -> Tensor:
         """Return (n,) bool: False on newline tokens, which equal the model's learned newline embedding."""
         return ~(features == self.inner.image_newline.to(features)).all(-1)
+
+    def crops(self, arguments: dict[str, Any]) -> list[int]:
+        """Return the base view and the tiles of every image."""
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        return [image_size_to_num_patches(size, pinpoints, side) for size in arguments["image_sizes"]]
+
+    def pack(self, maps: Tensor, arguments: dict[str, Any], image: int, newline: float) -> Tensor:
+        """Base view first, then the unpadded tile grid with a newline behind each row."""
+        strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        separator = maps.new_full(maps.shape[-1:], newline)
+        packed, _ = self.inner.pack_image_features(
+            [maps], arguments["image_sizes"][image : image + 1], strategy, separator
+        )
+        return packed[0]
 
     def grids(self, features: Tensor) -> list[Grid]:
         """Return the base view's grid and, when there are tiles, the unpadded tile grid."""
