@@ -11,7 +11,7 @@ from vislm.errors import UnknownName, UsageError
 
 
 def test_methods_are_found_by_their_modules() -> None:
-    assert registry.names("pruning") == ["fastv", "flowcut", "random"]
+    assert set(registry.names("pruning")) >= {"divprune", "fastv", "flowcut", "random", "restore", "uniform"}
     assert registry.names("heads") == ["vhr"]
     for kind in registry.AREAS:
         for name in registry.names(kind):
@@ -88,3 +88,12 @@ def test_faulty_configs_name_the_key(tmp_path, content, message) -> None:
 def test_missing_configs() -> None:
     with pytest.raises(UsageError, match="cannot read"):
         registry.build("pruning", "none.yaml")
+
+
+def test_a_method_can_be_the_option_of_a_method() -> None:
+    from vislm.token_pruning.divprune import DivPrune
+    from vislm.token_pruning.restore import Restore
+
+    assert registry.build("pruning", "restore:base=divprune,keep=16") == Restore(keep=16, base=DivPrune())
+    with pytest.raises(UsageError, match="expected the name of a pruning method"):
+        registry.build("pruning", "restore:base=divprun")

@@ -118,6 +118,8 @@ def parse_value(text: str, hint: Any, where: str) -> Any:
         if text in arguments:
             return text
         raise UnknownName(where, text, map(str, arguments))
+    elif getattr(hint, "__name__", "") == "Intervention":
+        return build("pruning", text)
     elif hint is bool:
         if text.lower() in ("true", "yes", "1", "false", "no", "0"):
             return text.lower() in ("true", "yes", "1")
@@ -152,4 +154,6 @@ def _type_name(hint: Any) -> str:
         return " | ".join(_type_name(h) for h in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return "layers such as 1+18-31"
+    if getattr(hint, "__name__", "") == "Intervention":
+        return "the name of a pruning method"
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))

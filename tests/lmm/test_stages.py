@@ -169,9 +169,9 @@ def test_the_bias_sees_every_key_of_every_layer(family: str, options: dict) -> N
     biased, _, _ = generate(model, inputs, Given((thin, BiasStage(bias))), **options)
     torch.testing.assert_close(plain, biased, atol=2e-5, rtol=1e-5)
     prefill = [keys for layer, queries, keys in shapes if queries > 1]
-    assert prefill == run.layer_tokens
-    last = [keys for layer, queries, keys in shapes[-5:]]
-    assert last == [n + 5 for n in run.layer_tokens]
+    assert prefill == run.layer_tokens[2:]  # the layers before have lost nothing
+    last = [keys for layer, queries, keys in shapes[-3:]]
+    assert last == [n + 5 for n in run.layer_tokens[2:]]
 
 
 def test_sizes_reach_the_bias() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vislm.kernels.matching import Matching
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.tokens import top_per_image
 
@@ -48,6 +49,20 @@ class TowerStage:
     """Returns keep (B, N) bool, or None to leave the tokens alone after this layer."""
     kept: Callable[[dict[str, Any], Tensor], None] = lambda memory, index: None
     """Called with the memory and the gathered local indices (B, n) so that per-token state can follow."""
+    positions: Positions = "contiguous"
+
+
+@dataclass(frozen=True)
+class TowerMergeStage:
+    """Merge patches in vision layer ``layer``, between attention and MLP."""
+
+    layer: int
+    """0-based; at most the layer that the language model reads."""
+    match: Callable[[AttentionCall], Matching]
+    """Says in the attention of this layer which tokens become one. Prefix tokens are matched too: they have to stay
+    alone and in front."""
+    prop_attn: bool = True
+    """From the next layer on a key that stands for s tokens counts s times."""
     positions: Positions = "contiguous"
 
 
@@ -97,6 +112,8 @@ class ImageView:
     """``project(features)``: (m, Cv) -> (m, C), the model's projector. None where ``tower.features`` is."""
     text_ids: Tensor | None = None
     """(t,) the prompt's ids without visual placeholders and padding."""
+    question: str | None = None
+    """The question in plain text, where it is known: from ``lmm.ask``, or set as ``session.questions``."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,8 @@ class BiasView:
     """(B, Nk) float32: original tokens that each key stands for."""
     queries: int
     """Nq."""
+    reduced: Tensor
+    """(B,) bool: samples whose layer holds fewer visual tokens than their full prompt."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +219,8 @@ class BiasStage:
     """Returns (B, 1, Nq, Nk) in float32."""
     layers: frozenset[int] | None = None
     """None: all."""
+    per_layer: bool = True
+    """False: the same in all layers that hold the same keys, so that it is computed once for them."""
 
 
 @dataclass
@@ -228,7 +249,7 @@ class HeadStage:
     """Run the prompt without image tokens beside the real one; "both" scales that stream's heads as well."""
 
 
-Stage = TowerStage | PromptStage | LanguageStage | BiasStage | HeadStage
+Stage = TowerStage | TowerMergeStage | PromptStage | LanguageStage | BiasStage | HeadStage
 
 
 @runtime_checkable

@@ -111,6 +111,7 @@ class LMM:
         inputs = self.prepare(images, questions)
         with contextlib.ExitStack() as stack:
             session = self._session or stack.enter_context(attach(self.model))
+            session.questions = questions
             out = self.model.generate(  # pyright: ignore[reportCallIssue]
                 **inputs,
                 max_new_tokens=max_new_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.calibration import calibration_stage
 from vislm.lmm.interventions import (
     BiasStage,
     HeadStage,
@@ -14,6 +15,7 @@ from vislm.lmm.interventions import (
     LanguageStage,
     Positions,
     PromptStage,
+    TowerMergeStage,
     TowerStage,
 )
 
@@ -25,6 +27,8 @@ class Plan:
     interventions: tuple[Intervention, ...]
     tower: dict[int, tuple[int, TowerStage]] = field(default_factory=dict)
     """Vision layer -> stage after it."""
+    tower_merges: dict[int, tuple[int, TowerMergeStage]] = field(default_factory=dict)
+    """Vision layer -> stage within it."""
     prompt: list[tuple[int, PromptStage]] = field(default_factory=list)
     language: dict[int, tuple[int, LanguageStage]] = field(default_factory=dict)
     """Decoder layer -> stage before it."""
@@ -36,7 +40,7 @@ class Plan:
     @property
     def drops_before_language(self) -> bool:
         """Whether the prompt becomes shorter."""
-        return bool(self.tower or self.prompt)
+        return bool(self.tower or self.tower_merges or self.prompt)
 
     @property
     def watches_language(self) -> bool:
@@ -63,9 +67,12 @@ def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Pla
     plan = Plan(tuple(interventions))
     wanted: dict[Positions, str] = {}
     for owner, item in enumerate(interventions):
-        for stage in item.plan(adapter):
+        stages: list[object] = list(item.plan(adapter))
+        if stages and getattr(item, "calibrate", False):
+            stages.append(calibration_stage())
+        for stage in stages:
             _place(plan, owner, stage, adapter)
-            if isinstance(stage, (TowerStage, PromptStage)):
+            if isinstance(stage, (TowerStage, TowerMergeStage, PromptStage)):
                 wanted.setdefault(stage.positions, item.name)
     if len(wanted) > 1:
         raise PlanConflict(
@@ -81,8 +88,9 @@ def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Pla
 def _check_tower_signals(plan: Plan) -> None:
     """Raise ``PlanConflict`` when one method wants to see the whole tower and another one thins it."""
     watchers = [o for o, s in plan.prompt if s.tower or s.needs_tower]
-    if watchers and plan.tower:
-        thinning = plan.interventions[next(iter(plan.tower.values()))[0]].name
+    thinners = [o for o, _ in (*plan.tower.values(), *plan.tower_merges.values())]
+    if watchers and thinners:
+        thinning = plan.interventions[thinners[0]].name
         raise PlanConflict(
             f"{plan.interventions[watchers[0]].name} needs the whole vision tower's signals, but {thinning} prunes it"
         )
@@ -93,11 +101,14 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
     depth = len(adapter.layers)
     if isinstance(stage, TowerStage):
         _claim(plan, plan.tower, stage.after_layer, owner, stage, "the vision tower after layer")
-        others = {o for o, _ in plan.tower.values()}
-        if len(others) > 1:
+        _check_one_thins_the_tower(plan)
+    elif isinstance(stage, TowerMergeStage):
+        if stage.layer > adapter.read_layer:
             raise PlanConflict(
-                f"{' and '.join(plan.interventions[o].name for o in sorted(others))} both prune the tower"
+                f"{name} merges in vision layer {stage.layer}, but the language model reads layer {adapter.read_layer}"
             )
+        _claim(plan, plan.tower_merges, stage.layer, owner, stage, "the vision tower in layer")
+        _check_one_thins_the_tower(plan)
     elif isinstance(stage, PromptStage):
         if plan.prompt:
             raise PlanConflict(f"{plan.interventions[plan.prompt[0][0]].name} and {name} both prune the prompt")
@@ -125,6 +136,12 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
         plan.heads.append((owner, stage))
     else:
         raise UsageError(f"{name} returned {stage!r}, which is not a stage")
+
+
+def _check_one_thins_the_tower(plan: Plan) -> None:
+    owners = {o for o, _ in (*plan.tower.values(), *plan.tower_merges.values())}
+    if len(owners) > 1:
+        raise PlanConflict(f"{' and '.join(plan.interventions[o].name for o in sorted(owners))} both prune the tower")
 
 
 def _claim(plan: Plan, places: dict, place: int, owner: int, stage: object, where: str) -> None:

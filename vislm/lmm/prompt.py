@@ -10,9 +10,11 @@ from torch import Tensor
 
 from vislm.errors import UsageError
 from vislm.lmm.interventions import ImageView, Kept, Positions, PromptStage, Selection
+from vislm.lmm.positions import gather_positions, next_positions, renumber, shifted, text_row
 from vislm.lmm.state import PromptMap, SessionState
-from vislm.lmm.tokens import compact, gather_rows, index_in_images, number_images
+from vislm.lmm.tokens import compact, gather_rows, index_in_images
 from vislm.lmm.tower_record import TowerRecorder
+from vislm.lmm.visuals import Origin, Visuals
 
 
 class PromptPart:
@@ -30,24 +32,23 @@ class PromptPart:
         wanted = {name: signal for _, stage in stages for name, signal in stage.tower.items()}
         asked = bool(wanted) or any(stage.needs_tower for _, stage in stages)
         self.recorder = TowerRecorder(shared, wanted) if asked else None
+        self._origins: list[Origin] = []
 
     def prefill(self, kwargs: dict[str, Any]) -> PromptMap:
         """Shorten the prompt in ``kwargs`` of the model's forward, in place; return the map."""
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None:
             raise UsageError("pass input_ids, not inputs_embeds: the image placeholders cannot be seen in embeddings")
-        if self.drops and kwargs.get("pixel_values") is not None:
-            self.shared.adapter.encode(kwargs)
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        features = None if encoded is None else list(encoded.pooler_output)
-        self.shared.run.features = features
-        is_image = ids == self.shared.adapter.image_token_id
-        image_of = number_images(is_image, None if features is None else [len(f) for f in features])
+        self.shared.adapter.encode(kwargs)
+        visuals = Visuals.read(self.shared.adapter, ids, kwargs.get("mm_encoder_outputs"))
+        features, is_image, image_of = visuals.features, visuals.is_visual, visuals.image_of
+        self._describe(visuals)
+        self._place(kwargs)
         token_of = index_in_images(image_of)
-        has_image = is_image.any(-1)
+        has_image, visual = is_image.any(-1), is_image.sum(-1)
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if not self.drops or encoded is None or features is None:
-            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of)
+        if not self.drops or features is None:
+            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of, visual)
 
         text = ~is_image if mask is None else ~is_image & mask.bool()
         chosen = [self._select(n, f, image_of, ids, text) for n, f in enumerate(features)]
@@ -55,13 +56,13 @@ class PromptPart:
         keep = torch.ones_like(is_image)
         keep[is_image] = torch.cat([c.keep for c in chosen]).to(keep.device)
         if bool(keep.all()) and all(c.features is None for c in chosen):
-            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of)
+            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of, visual)
         refuse_static_cache(kwargs.get("past_key_values"))
         if mask is not None:
             keep &= mask.cumsum(-1) > 0  # the caller's left padding goes first; what is still needed comes back
         index, valid = compact(keep, pad="left")
         prompt = PromptMap(
-            ids.shape[1], index, valid, gather_rows(image_of, index), has_image, gather_rows(token_of, index)
+            ids.shape[1], index, valid, gather_rows(image_of, index), has_image, gather_rows(token_of, index), visual
         )
         prompt.untouched = False
         prompt.size = _sizes(chosen, is_image, index)
@@ -69,10 +70,25 @@ class PromptPart:
             prompt.image_of = prompt.image_of.masked_fill(~valid, -1)
             prompt.token_of = prompt.token_of.masked_fill(~valid, -1)
         left = [f[c.keep] if c.features is None else c.features for f, c in zip(features, chosen, strict=True)]
-        kept = replace(encoded, pooler_output=left)
-        kwargs["mm_encoder_outputs"] = {**kwargs["mm_encoder_outputs"], "image": kept}
-        self._shorten(kwargs, prompt, mask)
+        kwargs["mm_encoder_outputs"] = visuals.shortened([c.keep for c in chosen], left)
+        self._shorten(kwargs, prompt, mask, image_of)
         return prompt
+
+    def _describe(self, visuals: Visuals) -> None:
+        """Note what the images are: their features, the calls that encoded them, the grids of their tokens."""
+        run, adapter, encodings = self.shared.run, self.shared.adapter, self.shared.encodings
+        self._origins = visuals.origins(encodings)
+        spans = {name: adapter.spans(encoding.arguments) for name, encoding in encodings.items()}
+        run.features = visuals.features
+        run.spans = [spans[o.modality][o.entries[0]] if len(o.entries) == 1 else None for o in self._origins]
+
+    def _place(self, kwargs: dict[str, Any]) -> None:
+        """Give a prompt of M-RoPE its positions: later nobody can tell them from a shorter one."""
+        adapter, ids, mask = self.shared.adapter, kwargs["input_ids"], kwargs.get("attention_mask")
+        if adapter.grid_positions and kwargs.get("position_ids") is None and (mask is None or mask.dim() == 2):
+            positions = adapter.positions(kwargs, torch.ones_like(ids) if mask is None else mask)
+            if positions.dim() == 3:
+                kwargs["position_ids"] = positions
 
     def _select(self, number: int, features: Tensor, image_of: Tensor, ids: Tensor, text: Tensor) -> Selection:
         dropped = features.isnan().all(-1)  # the tower's verdict
@@ -84,8 +100,12 @@ class PromptPart:
         for owner, stage in self.stages:
             view = ImageView(features, candidates, sample, number, self.shared.run.memory[owner])
             view.text_ids = ids[sample][text[sample]]
+            if self.shared.questions:
+                if len(ids) % len(self.shared.questions):  # beams repeat the samples
+                    raise UsageError(f"{len(self.shared.questions)} questions were given for {len(ids)} prompts")
+                view.question = self.shared.questions[sample * len(self.shared.questions) // len(ids)]
             if self.recorder is not None:
-                self.recorder.show(view, image_of)
+                self.recorder.show(view, self._origins[number])
             chosen = stage.select(view)
             if isinstance(chosen, Selection):
                 return _checked(chosen, features, dropped)
@@ -93,24 +113,24 @@ class PromptPart:
                 keep = chosen & candidates
         return Selection(keep)
 
-    def _shorten(self, kwargs: dict[str, Any], prompt: PromptMap, mask: Tensor | None) -> None:
+    def _shorten(self, kwargs: dict[str, Any], prompt: PromptMap, mask: Tensor | None, image_of: Tensor) -> None:
         index = prompt.index
         ids = kwargs["input_ids"]
         full_mask = torch.ones_like(ids) if mask is None else mask
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = (full_mask.cumsum(-1) - 1).clamp(min=0)
-        positions = gather_rows(positions.expand(ids.shape[0], -1), index)
+            positions = self.shared.adapter.positions(kwargs, full_mask)
+        prompt.next_position = next_positions(positions, full_mask)
         new_mask = gather_rows(full_mask, index)
         new_ids = gather_rows(ids, index)
         if prompt.valid is not None:
             new_mask = new_mask * prompt.valid
             # padding must not look like an image placeholder
-            new_ids = new_ids.masked_fill(~prompt.valid & (new_ids == self.shared.adapter.image_token_id), 0)
+            new_ids = new_ids.masked_fill(~prompt.valid & self.shared.adapter.is_visual(new_ids), 0)
         if self.positions == "contiguous":
-            renumbered = (new_mask.cumsum(-1) - 1).clamp(min=0)
-            prompt.shift = positions[:, -1:] - renumbered[:, -1:]
-            positions = renumbered
+            positions, prompt.shift = renumber(positions, index, new_mask.bool(), image_of)
+        else:
+            positions = gather_positions(positions, index)
         kwargs.update(input_ids=new_ids, attention_mask=new_mask, position_ids=positions)
         for name in ("labels", "mm_token_type_ids", "token_type_ids"):
             if isinstance(kwargs.get(name), Tensor):
@@ -125,8 +145,9 @@ class PromptPart:
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and mask.dim() == 2:
             seen = mask.shape[-1]
-        else:  # no padding, so positions count columns
-            seen = cached + prompt.removed + new if positions is None else int(positions.max()) + 1
+        else:  # no padding, so the text's positions count columns
+            counted = text_row(positions)
+            seen = cached + prompt.removed + new if counted is None else int(counted.max()) + 1
         if seen != cached + prompt.removed + new or (kwargs.get("mm_encoder_outputs") or {}):
             raise UsageError(
                 "this cache holds a pruned prompt, which a new generate() cannot continue; pass the whole conversation "
@@ -140,11 +161,10 @@ class PromptPart:
         if prompt.valid is not None and mask is not None:
             kwargs["attention_mask"][:, : prompt.index.shape[1]] *= prompt.valid
         if positions is None:
-            last = cached + prompt.removed
-            positions = torch.arange(last, last + new, device=prompt.index.device).unsqueeze(0)
-            if mask is not None:
-                positions = (mask.cumsum(-1) - 1)[:, -new:]
-        kwargs["position_ids"] = positions if prompt.shift is None else positions - prompt.shift
+            assert prompt.next_position is not None
+            done = cached + prompt.removed - prompt.length
+            positions = prompt.next_position + torch.arange(done, done + new, device=prompt.index.device)
+        kwargs["position_ids"] = positions if prompt.shift is None else shifted(positions, prompt.shift)
 
 
 def _checked(chosen: Selection, features: Tensor, dropped: Tensor) -> Selection:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +15,9 @@ from transformers import PreTrainedModel
 from vislm.errors import UsageError
 from vislm.lmm import attention
 from vislm.lmm.adapters import Adapter, adapter_for
+from vislm.lmm.adapters.base import PIXELS
 from vislm.lmm.attention import AttentionCall
-from vislm.lmm.cost import DecoderShape, TowerShape
+from vislm.lmm.cost import DecoderShape
 from vislm.lmm.decoder import DecoderPart
 from vislm.lmm.head_scaling import HeadPart
 from vislm.lmm.hooks import Hooks, named_arguments
@@ -25,6 +28,9 @@ from vislm.lmm.prompt import PromptPart
 from vislm.lmm.run import Run, clock
 from vislm.lmm.state import SessionState, valid_columns
 from vislm.lmm.tower import TowerPart, TowerState
+from vislm.lmm.tower_merge import MergeState, TowerMergePart
+from vislm.lmm.tower_record import TowerRecorder
+from vislm.lmm.visuals import Encoding
 
 
 class Session:
@@ -37,13 +43,13 @@ class Session:
         self._started = self._tower_started = 0.0
         self._hooks = Hooks()
         self._implementations: dict[str, str] = {}
-        self._tower = TowerPart(self._state, self.plan.tower) if self.plan.tower else None
         self._prompt = PromptPart(self._state, self.plan.prompt, self.plan.drops_before_language, self.plan.positions)
+        self._tower = self._tower_part()
         self._decoder = DecoderPart(self._state, self.plan.language) if self.plan.language else None
         self._biases = BiasPart(self._state, self.plan.biases, self._decoder) if self.plan.biases else None
         self._heads = HeadPart(self._state, self.plan.heads) if self.plan.heads else None
-        self._decoder_shape = DecoderShape.of(adapter.config.text_config)
-        self._tower_shape = TowerShape.of(adapter.config, adapter.tower_prefix)
+        self._decoder_shape = DecoderShape.of(adapter.text_config)
+        self._tower_shape = adapter.tower_shape
 
     @property
     def last_run(self) -> Run | None:
@@ -51,7 +57,22 @@ class Session:
         return self._state.last_run
 
     @property
-    def tower_state(self) -> TowerState | None:
+    def questions(self) -> list[str] | None:
+        """The samples' questions in plain text, for methods that read them; ``lmm.ask`` sets them by itself."""
+        return self._state.questions
+
+    @questions.setter
+    def questions(self, questions: Sequence[str] | None) -> None:
+        self._state.questions = None if questions is None else list(questions)
+
+    def _tower_part(self) -> TowerPart | TowerMergePart | None:
+        if self.plan.tower_merges:
+            recorder = self._prompt.recorder = self._prompt.recorder or TowerRecorder(self._state, {})
+            return TowerMergePart(self._state, self.plan.tower_merges, recorder)
+        return TowerPart(self._state, self.plan.tower) if self.plan.tower else None
+
+    @property
+    def tower_state(self) -> TowerState | MergeState | None:
         """Which patches the tower has kept in its last encoding; None if no method prunes it."""
         return self._tower.state if self._tower else None
 
@@ -66,7 +87,9 @@ class Session:
                 self._tower.install(self._hooks)
             if self._prompt.recorder:
                 self._prompt.recorder.install(self._hooks)
-            self._hooks.wrap(self.adapter.inner, "get_image_features", self._encoding)
+            for modality in self.adapter.visual_ids:
+                around = functools.partial(self._encoding, modality)
+                self._hooks.wrap(self.adapter.inner, f"get_{modality}_features", around)
             self._hooks.before(self.adapter.model, self._before_model)
             self._hooks.after(self.adapter.model, self._after_model, always=True)
             if self._decoder:
@@ -103,14 +126,25 @@ class Session:
             self.adapter.model.set_attn_implementation(dict.fromkeys(before, attention.NAME))
 
     # -- hooks -------------------------------------------------------------------------------------------------------
-    def _encoding(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encoding(self, modality: str, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Remember how the images were cut into crops; later nobody says so."""
-        self._state.image_arguments = named_arguments(self.adapter.inner, args, kwargs, "get_image_features")
-        return encode(*args, **kwargs)
+        state = self._state
+        if state.encoding is not None:  # a family that encodes videos by its method for images
+            return encode(*args, **kwargs)
+        if state.phase is None and (state.pending is None or modality in state.encodings):
+            state.pending = Run()
+            state.encodings.clear()
+        state.encoding = modality
+        try:
+            output = encode(*args, **kwargs)
+        finally:
+            state.encoding = None
+        arguments = named_arguments(self.adapter.inner, args, kwargs, f"get_{modality}_features")
+        pooled = output if hasattr(output, "pooler_output") else SimpleNamespace(pooler_output=output[1])
+        state.encodings[modality] = Encoding(arguments, self.adapter.entry_lengths(pooled))
+        return output
 
     def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._state.phase is None:  # else the model encodes its images itself, within the run that has begun
-            self._state.pending = Run()
         self._tower_started = clock(self.adapter.model.device)
 
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -130,6 +164,7 @@ class Session:
                 raise UsageError("the cache was filled before the interventions were attached; start with a new cache")
             self._state.phase = "decode"
             self._prompt.decode(kwargs, self._state.prompt, cached)
+            self._state.positions = kwargs.get("position_ids")
         self._started = clock(self.adapter.model.device)
         return (), kwargs
 
@@ -142,12 +177,14 @@ class Session:
             self._decoder.start(cache)
         if self._heads:
             self._heads.start(ids, mask)
-        if self._state.pending is None or kwargs.get("pixel_values") is not None:
+        if self._state.pending is None or any(kwargs.get(pixels) is not None for pixels in PIXELS.values()):
             self._state.pending = Run()
+            self._state.encodings.clear()
         self._state.phase, self._state.prompt = "prefill", None
         self._state.prompt = self._prompt.prefill(kwargs)
         run = self._state.last_run = self._state.run
         self._state.pending = None
+        self._state.positions = kwargs.get("position_ids")
         self._state.prompt_mask = kwargs.get("attention_mask")
         run.batch, run.prompt_tokens = self._state.prompt.index.shape[0], self._state.prompt.length
         if run.features is not None:
@@ -164,7 +201,7 @@ class Session:
             return
         run.seconds[phase] += clock(self.adapter.model.device) - self._started
         if phase == "prefill":
-            self._state.image_arguments = None
+            self._state.encodings.clear()
             run.layer_tokens = self._columns()
             self._count(run)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.run import Run
+from vislm.lmm.visuals import Encoding
 
 
 @dataclass
@@ -28,10 +29,14 @@ class PromptMap:
     """(B,) bool."""
     token_of: Tensor
     """(B, n) place of a visual column in its image's full token sequence, -1 on text and padding."""
+    visual: Tensor
+    """(B,) visual columns of the full prompt."""
     size: Tensor | None = None
     """(B, n) float32: original tokens that a column stands for; None: one each."""
     shift: Tensor | None = None
-    """(B, 1) how much smaller position ids are than the caller counts, with contiguous positions."""
+    """(B, 1) or (4, B, 1): how much smaller position ids are than the caller counts, with contiguous positions."""
+    next_position: Tensor | None = None
+    """(B, 1) or (4, B, 1) of the token behind the caller's full prompt; None where it is not needed."""
     untouched: bool = True
     """Whether the model sees the caller's columns as they are."""
 
@@ -51,8 +56,14 @@ class SessionState:
     prompt: PromptMap | None = None
     prompt_mask: Tensor | None = None
     """(B, n) the caller's mask of the prompt's columns; None without padding."""
-    image_arguments: dict[str, Any] | None = None
-    """What ``get_image_features`` was last called with: pixels, image sizes or patch grids."""
+    encoding: str | None = None
+    """Modality that the model encodes right now."""
+    encodings: dict[str, Encoding] = field(default_factory=dict)
+    """Modality -> the call that encoded the images of the prompt to come."""
+    positions: Tensor | None = None
+    """Position ids of the forward in progress, (B, n) or with rows in front; None: the model counts."""
+    questions: list[str] | None = None
+    """The samples' questions in plain text, where the caller has said."""
     pending: Run | None = None
     """Encoded images whose prompt has not come yet."""
     last_run: Run | None = None
@@ -68,7 +79,8 @@ class SessionState:
     def clear(self) -> None:
         """Forget everything but the last run's record."""
         self.phase, self.prompt, self.prompt_mask, self.pending = None, None, None, None
-        self.image_arguments = None
+        self.encoding, self.positions = None, None
+        self.encodings.clear()
 
 
 def first_layer_keys(cache: Any) -> int:
