@@ -147,6 +147,11 @@ class TestQueryNorms:
         least = norms.masked_fill(~routing.kept, torch.inf).amin(-1)
         assert bool((norms.masked_fill(routing.kept, 0.0).amax(-1) < least).all())
 
+    @pytest.mark.parametrize(("shared", "routed"), [(3, 1), (4, 0), (0, 4)])
+    def test_few_or_no_routed_heads(self, shared, routed) -> None:
+        routing = QueryNormRouter(shared, routed)(torch.randn(2, 4, 5, 6, requires_grad=True))
+        torch.testing.assert_close(routing.gate, torch.ones(2, 5, 4))
+
     def test_gradients_of_the_gates_reach_the_norms(self) -> None:
         query = torch.randn(1, 4, 3, 4, requires_grad=True)
         upstream = torch.randn(1, 3, 4)

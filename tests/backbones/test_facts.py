@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vislm.backbones import HierarchicalConfig, StageConfig, build
+from vislm.backbones import HierarchicalConfig, StageConfig, build, list_models, variant
 from vislm.backbones.facts import measure, receptive_fields
+
+FAMILIES = {variant(name).path.parent.name: name for name in reversed(list_models())}
 
 
 def patches(depth: int, **mixer) -> torch.nn.Module:
@@ -33,6 +35,16 @@ def test_fields_of_stages_grow(small) -> None:
     assert len(fields) == 4
     assert all(a <= b for a, b in zip(fields[0], fields[-1], strict=True))
     assert fields[-1] == (128, 160)
+
+
+@pytest.mark.filterwarnings("ignore:.* agents on a map of:UserWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_sees_something(small, family) -> None:
+    torch.manual_seed(0)
+    model = small(FAMILIES[family])
+    for (rows, columns), info in zip(receptive_fields(model, (64, 96)), model.feature_info, strict=True):
+        assert info["reduction"] <= rows <= 64
+        assert info["reduction"] <= columns <= 96
 
 
 def test_cost_grows_with_the_image(small) -> None:

@@ -1,4 +1,8 @@
-"""What every backbone must do: any resolution, gradients everywhere, features, round trips."""
+"""What every backbone must do: any resolution, gradients everywhere, features, batches, half precision, round trips.
+
+Widths and depths are those of ``conftest.small``: every part of every variant, 4 channels a head. The full sizes are
+built in ``test_published``, without memory.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +65,34 @@ def test_features_of_every_stage(small, name) -> None:
     torch.testing.assert_close(last, tokens[:, prefix:])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_is_its_samples(small, name) -> None:
+    torch.manual_seed(0)
+    model, images = small(name).eval(), torch.randn(2, 3, 64, 96)
+    alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(model(images), alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(small, name) -> None:
+    torch.manual_seed(0)
+    model, images = small(name).eval(), torch.randn(1, 3, 64, 96)
+    expected = model(images)
+    ours = model.bfloat16()(images.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    assert (ours.float() - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_make_a_round_trip(small, name, tmp_path) -> None:
+    torch.manual_seed(0)
+    first, second = small(name).eval(), small(name).eval()
+    save_file(first.state_dict(), tmp_path / "model.safetensors")
+    load_file(second, tmp_path / "model.safetensors")
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(second(images), first(images))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -79,28 +111,6 @@ def test_features_of_every_stage(small, name) -> None:
     ],
 )
 class TestOneOfEachFamily:
-    def test_a_batch_is_its_samples(self, small, name) -> None:
-        torch.manual_seed(0)
-        model, images = small(name).eval(), torch.randn(3, 3, 64, 96)
-        alone = torch.cat([model(image[None]) for image in images])
-        torch.testing.assert_close(model(images), alone, atol=1e-5, rtol=1e-4)
-
-    def test_bfloat16(self, small, name) -> None:
-        torch.manual_seed(0)
-        model, images = small(name).eval(), torch.randn(1, 3, 64, 96)
-        expected = model(images)
-        ours = model.bfloat16()(images.bfloat16())
-        assert ours.dtype == torch.bfloat16
-        torch.testing.assert_close(ours.float(), expected, atol=5e-2, rtol=5e-2)
-
-    def test_weights_make_a_round_trip(self, small, name, tmp_path) -> None:
-        torch.manual_seed(0)
-        first, second = small(name).eval(), small(name).eval()
-        save_file(first.state_dict(), tmp_path / "model.safetensors")
-        load_file(second, tmp_path / "model.safetensors")
-        images = torch.randn(1, 3, 64, 64)
-        torch.testing.assert_close(second(images), first(images))
-
     def test_drop_path_drops_whole_samples(self, small, name) -> None:
         torch.manual_seed(0)
         model = small(name)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import vislm
-from vislm.attention import attention_names
 from vislm.backbones.replacing import attention_of, replace_attention
 from vislm.errors import UnknownName, UsageError
 
@@ -22,6 +21,7 @@ TIMM = {
     "vit": ("vit_tiny_patch16_224", {}),
     "qk norm, registers": ("vit_tiny_patch16_224", {"qk_norm": True, "reg_tokens": 2, "scale_attn_norm": True}),
     "deit3": ("deit3_small_patch16_224", {}),
+    "deit, distilled": ("deit_tiny_distilled_patch16_224", {}),
     "siglip": ("vit_base_patch16_siglip_224", {}),
     "dinov2": ("vit_small_patch14_reg4_dinov2", {"img_size": 70}),
     "eva": ("eva_giant_patch14_224", {"img_size": 70}),
@@ -73,6 +73,11 @@ def images_for(model: nn.Module) -> tuple[torch.Tensor, int]:
     return torch.randn(2, 3, side, side), grid
 
 
+def divisor(side: int) -> int:
+    """Return the size of the smallest blocks that cover a side without rest."""
+    return next(size for size in range(2, side + 1) if side % size == 0)
+
+
 def assert_replaced_is_equal(model: nn.Module) -> None:
     images, side = images_for(model)
     names, expected = set(model.state_dict()), model(images)
@@ -83,6 +88,10 @@ def assert_replaced_is_equal(model: nn.Module) -> None:
         ("moh", {"shared_heads": 1, "routed_heads": 2}),
         ("cswin", {"split_size": None}),
         ("dense", {}),
+        ("halo", {"block_size": side, "halo_size": 0}),
+        ("halo", {"block_size": divisor(side), "halo_size": side}),
+        ("lepe", {}),
+        ("moh_llama", {"shared_heads": 1, "routed_heads": 2}),
     ):
         with replace_attention(model, attention, **options):
             torch.testing.assert_close(model(images), expected, atol=2e-5, rtol=2e-4)
@@ -100,10 +109,25 @@ def test_a_window_over_the_whole_grid_changes_nothing_in_timm(name) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True}, {"ls_init_value": 0.5}], ids=str
+    "options",
+    [
+        {},
+        {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True},
+        {"ls_init_value": 0.5},
+    ],
+    ids=str,
 )
 def test_a_window_over_the_whole_grid_changes_nothing_in_open_clip(options) -> None:
     assert_replaced_is_equal(clip_tower(**options))
+
+
+def test_scaled_cosine_attention(monkeypatch) -> None:
+    model = clip_tower(scaled_cosine_attn=True, scale_heads=True)
+    # open_clip 3 multiplies heads (B, H, N, D) by a function that takes three axes, so that its own forward fails.
+    monkeypatch.setattr(torch, "bmm", torch.matmul)
+    with torch.no_grad():
+        model.transformer.resblocks[0].attn.logit_scale.fill_(9.0)  # more than its largest
+    assert_replaced_is_equal(model)
 
 
 def test_open_clip_models_and_their_timm_towers() -> None:
@@ -148,37 +172,6 @@ def test_any_resolution() -> None:
     with replace_attention(model, "neighborhood", window_size=6):
         with pytest.raises(UsageError, match="larger than axis 0"):
             model(wide)
-
-
-FITTING = {
-    "agent": {"agent_num": 4, "table_size": 4},
-    "cswin": {"split_size": 2},
-    "dense": {},
-    "moh": {},
-    "moh_cosine": {},
-    "neighborhood": {"window_size": 3},
-    "sigmoid": {"bias": "-log_n_current"},
-    "super_token": {"stoken_size": 2},
-    "window": {"window_size": 2, "shifted": True},
-}
-
-
-@pytest.mark.parametrize("attention", FITTING)
-def test_gradients_reach_what_stays_and_what_is_added(attention) -> None:
-    model = spread(timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_heads": 4}))
-    images, _ = images_for(model)
-    replace_attention(model, attention, **FITTING[attention])
-    model.train()
-    model(images).square().sum().backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
-@pytest.mark.parametrize("attention", sorted(set(attention_names()) - set(FITTING)))
-def test_others_say_that_the_weights_do_not_fit(attention) -> None:
-    model = spread(timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_heads": 4}))
-    with pytest.raises(UsageError, match=attention):
-        replace_attention(model, attention)
-    assert {site.attention for site in attention_of(model)} == {"softmax"}
 
 
 class TestTheModelGoesOn:
@@ -286,10 +279,9 @@ def test_faults_are_named_and_change_nothing(attention, layers, options, message
 def test_models_and_calls_that_do_not_fit() -> None:
     with pytest.raises(UsageError, match="SwinTransformer has no blocks"):
         replace_attention(timm.create_model("swin_tiny_patch4_window7_224", depths=(1,), num_heads=(1,)), "window")
-    with pytest.raises(UsageError, match=r"layer 0 is a timm\.models\.beit"):
-        replace_attention(timm.create_model("beit_base_patch16_224", embed_dim=12, depth=1, num_heads=1), "window")
-    with pytest.raises(UsageError, match="scaled cosine"):
-        replace_attention(clip_tower(scaled_cosine_attn=True), "window")
+    relative = timm.create_model("vit_relpos_small_patch16_224", embed_dim=12, depth=1, num_heads=1)
+    with pytest.raises(UsageError, match=r"layer 0 is a timm\.models\.vision_transformer_relpos"):
+        replace_attention(relative, "window")
     model = timm_model("dinov3")
     images, side = images_for(model)
     handle = replace_attention(model, "window", window_size=side - 1)

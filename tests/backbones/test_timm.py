@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vislm.backbones import create_model, list_models, register_timm, variant
+from vislm.errors import UsageError
 
 timm = pytest.importorskip("timm")
 optim = pytest.importorskip("timm.optim")
@@ -97,6 +98,43 @@ def test_feature_pyramids() -> None:
     assert model.feature_info.channels() == [128, 512]
     assert model.feature_info.reduction() == [8, 32]
     assert not hasattr(model.model, "fc")
+
+
+@pytest.mark.filterwarnings("ignore:Importing from timm.models.helpers:FutureWarning")
+@pytest.mark.parametrize(("projection", "width"), [("linear", 8), ("", 8), ("none", 256)])
+def test_towers_of_open_clip(projection, width) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    register_timm()
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    vision = {"timm_model_name": "halonet_h0", "timm_pool": "avg", "timm_proj": projection, "image_size": 64}
+    model = open_clip.CLIP(embed_dim=8, vision_cfg=vision, text_cfg=text)
+    model.lock_image_tower(unlocked_groups=1)
+    assert not next(model.visual.trunk.parameters()).requires_grad
+    model.set_grad_checkpointing()
+    assert model.encode_image(torch.randn(2, 3, 64, 64)).shape == (2, width)
+    found = model.visual.forward_intermediates(torch.randn(1, 3, 64, 64), indices=[1, 3])
+    assert [tuple(x.shape) for x in found["image_intermediates"]] == [(1, 64, 8, 8), (1, 256, 2, 2)]
+
+
+def test_other_ways_to_pool_are_refused() -> None:
+    with pytest.raises(UsageError, match="expected 'avg'"):
+        timm.create_model(register_timm()["nat_mini"], global_pool="max")
+
+
+FAMILIES = {variant(name).path.parent.name: name for name in reversed(list_models())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_options_that_timms_scripts_give(family) -> None:
+    registered = register_timm()[FAMILIES[family]]
+    with torch.device("meta"):
+        model = timm.create_model(
+            registered, in_chans=1, num_classes=3, img_size=96, global_pool="avg", drop_rate=0.1, drop_path_rate=0.2
+        )
+        features = timm.create_model(registered, features_only=True)
+    assert model.head.drop.p == 0.1
+    assert model.global_pool == "avg" if hasattr(model, "global_pool") else True
+    assert features.feature_info.channels() == [info["num_chs"] for info in model.feature_info]
 
 
 def test_there_are_no_weights_to_download() -> None:

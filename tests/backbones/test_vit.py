@@ -124,16 +124,33 @@ def test_blocks_are_computed_again_for_their_gradients() -> None:
     torch.testing.assert_close(*gradients)
 
 
+class Bare(torch.nn.Linear):
+    """An "attention" that has no place for class tokens."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__(dim, dim)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return super().forward(x)
+
+
 def test_any_attention_fits() -> None:
-    for mixer in ({"name": "neighborhood", "window_size": 3}, {"name": "window", "window_size": 2}, {"name": "agent"}):
+    for mixer in (
+        {"name": "neighborhood", "window_size": 3},
+        {"name": "window", "window_size": 2},
+        {"name": "agent"},
+        {"name": "agent_cswin"},
+        {"name": "moh_aggregated"},
+        {"name": "sigmoid", "bias": "-log_n_current"},
+    ):
         config = ViTConfig(dim=8, depth=2, num_heads=2, mixer=mixer, pos_embed=2, num_classes=3, num_registers=1)
         model = build(config)
         assert model.blocks[1].attn.num_prefix_tokens == 2
         model(torch.randn(1, 3, 112, 112)).sum().backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(UnknownName, match="'num_prefix_tokens'"):
-        build(ViTConfig(dim=8, depth=1, num_heads=2, mixer={"name": "agent_cswin"}))
-    bare = ViTConfig(dim=8, depth=1, num_heads=2, mixer={"name": "agent_cswin"}, class_token=False, global_pool="avg")
+        build(ViTConfig(dim=8, depth=1, num_heads=2, mixer={"name": Bare}))
+    bare = ViTConfig(dim=8, depth=1, num_heads=2, mixer={"name": Bare}, class_token=False, global_pool="avg")
     assert build(bare)(torch.randn(1, 3, 112, 112)).shape == (1, 1000)
     with pytest.raises(UsageError, match="reads the class token"):
         build(ViTConfig(dim=8, depth=1, num_heads=2, class_token=False))

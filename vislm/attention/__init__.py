@@ -60,12 +60,16 @@ def attention_names() -> list[str]:
     return sorted(name for name in _modules() if _class_of(name) is not None)
 
 
-def attention_class(name: str) -> type[nn.Module]:
+def attention_class(name: str | type[nn.Module]) -> type[nn.Module]:
     """Return the class of an attention, built with ``dim=``, ``num_heads=`` and its own options.
+
+    A class is returned as it is, so that one of your own stands wherever a name does.
 
     Raises:
         UnknownName: no such attention; the message names the nearest ones.
     """
+    if isinstance(name, type):
+        return name
     found = _class_of(name) if name in _modules() else None  # imports that module alone
     if found is None:
         raise UnknownName("attention", name, attention_names())

@@ -111,11 +111,12 @@ class AgentAttention(AgentCore):
                 f"valid is {valid.dtype} {tuple(valid.shape)} with sr_ratio={self.sr_ratio}, expected torch.bool "
                 f"(B, N) = {tuple(x.shape[:2])} and sr_ratio=1"
             )
-        query, key, value = self._projected(x, grid)
+        query, key, value = self.projected(x, grid)
         x = self.mix(query, key, value, grid, _reduced(grid, self.sr_ratio), valid)
         return self.proj_drop(self.proj(x))
 
-    def _projected(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, ...]:
+    def projected(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return queries ``(B, N, C)``, and keys and values of the reduced grid where ``sr_ratio`` reduces it."""
         if not self.separate_kv:
             return self.qkv(x).chunk(3, dim=-1)
         source = x

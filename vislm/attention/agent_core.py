@@ -90,7 +90,7 @@ class AgentCore(AgentBias):
             warnings.warn(f"{shape} agents on a map of {tuple(grid)}: some repeat each other", stacklevel=3)
         if valid is not None:
             value = value * valid[..., None]
-        agents = self._pooled(query[:, prefix:], grid, None if valid is None else valid[:, prefix:])
+        agents = self.pooled(query[:, prefix:], grid, None if valid is None else valid[:, prefix:])
         heads_q, heads_a, heads_k, heads_v = (split_heads(part, self.num_heads) for part in (query, agents, key, value))
         dropped = self.attn_drop if self.training else 0.0
         gathered = attend_dropping(
@@ -111,8 +111,8 @@ class AgentCore(AgentBias):
         x = merge_heads(x)
         return x + local if prefix == 0 else torch.cat((x[:, :prefix], x[:, prefix:] + local), dim=1)
 
-    def _pooled(self, query: Tensor, grid: Sequence[int], valid: Tensor | None) -> Tensor:
-        """Return the agents ``(B, n', C)``: means over the cells of the map, of valid tokens alone."""
+    def pooled(self, query: Tensor, grid: Sequence[int], valid: Tensor | None = None) -> Tensor:
+        """Return the agents ``(B, n', C)`` of the grid's queries ``(B, h w, C)``: means over cells, of valid tokens."""
         if valid is None:
             return to_tokens(adaptive_avg_pool2d(to_map(query, grid), self.agent_shape))
         weights = valid[..., None].to(query.dtype)

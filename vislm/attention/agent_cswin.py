@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vislm.attention.agent_core import AgentCore
 from vislm.attention.cswin import check_branches
-from vislm.attention.stripes import branch_stripes
+from vislm.attention.stripes import Stripes, branch_stripes
 from vislm.attention.tokens import check_heads, check_tokens, per_axis
 
 
@@ -37,6 +37,8 @@ class AgentCswinAttention(nn.Module):
         qk_scale: factor of the dot products, None = ``head_dim ** -0.5``.
         attn_drop: dropout of both attentions' weights.
         proj_drop: dropout behind the output projection.
+        num_prefix_tokens: class and register tokens in front: keys of every stripe's agents, but neither pooled nor
+            convolved. They read from the agents of all stripes and take the mean.
 
     The state dict has the official names, with ``attns.i.dwc`` for ``attns.i.get_v``: ``qkv, proj, attns``.
 
@@ -58,11 +60,13 @@ class AgentCswinAttention(nn.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
         branches = check_branches(dim, num_heads, split_size)
         check_heads(dim, num_heads)
         self.dim, self.num_heads, self.split_size = dim, num_heads, split_size
+        self.num_prefix_tokens = num_prefix_tokens
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         tables = [branch_stripes(per_axis("table_size", table_size, 2), split_size, index).size for index in (0, 1)]
         self.attns = nn.ModuleList(
@@ -76,7 +80,7 @@ class AgentCswinAttention(nn.Module):
                 kernel_size=kernel_size,
                 qk_scale=qk_scale,
                 attn_drop=attn_drop,
-                num_prefix_tokens=0,
+                num_prefix_tokens=num_prefix_tokens,
             )
             for size in tables[:branches]
         )
@@ -87,28 +91,43 @@ class AgentCswinAttention(nn.Module):
         """Return the output ``(B, N, C)``.
 
         Args:
-            x: ``(B, N, C)``: the grid's tokens row-major.
+            x: ``(B, N, C)``: prefix tokens, then the grid's tokens row-major.
             grid: ``(H, W)``.
         """
-        grid = check_tokens(x, grid, self.dim, 0, 2)
+        grid = check_tokens(x, grid, self.dim, self.num_prefix_tokens, 2)
         branches = [part.chunk(len(self.attns), dim=-1) for part in self.qkv(x).chunk(3, dim=-1)]
         outputs: list[Tensor] = []
         for index, (attention, *qkv) in enumerate(zip(self._branches(), *branches, strict=True)):
             stripes = branch_stripes(grid, self.split_size, index)
             valid = None
             if stripes.padded != stripes.grid:
-                valid = stripes.split(x.new_ones(x.shape[0], math.prod(grid), 1))[..., 0] > 0
-            query, key, value = map(stripes.split, qkv)
+                valid = self._split(x.new_ones(*x.shape[:2], 1), stripes)[..., 0] > 0
+            query, key, value = (self._split(part, stripes) for part in qkv)
             mixed = attention.mix(query, key, value, stripes.size, stripes.size, valid)
-            outputs.append(stripes.join(mixed))
+            outputs.append(self._join(mixed, stripes))
         return self.proj_drop(self.proj(torch.cat(outputs, dim=-1)))
+
+    def _split(self, x: Tensor, stripes: Stripes) -> Tensor:
+        """Return the stripes of x ``(B, R + H W, C)``, each behind the prefix tokens, ``(B S, R + h w, C)``."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        if self.num_prefix_tokens == 0:
+            return stripes.split(patches)
+        return torch.cat((prefix.repeat_interleave(math.prod(stripes.counts), dim=0), stripes.split(patches)), dim=1)
+
+    def _join(self, x: Tensor, stripes: Stripes) -> Tensor:
+        """Undo :meth:`_split`; a prefix token becomes the mean over the stripes."""
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        if self.num_prefix_tokens == 0:
+            return stripes.join(patches)
+        mean = prefix.unflatten(0, (-1, math.prod(stripes.counts))).mean(dim=1)
+        return torch.cat((mean, stripes.join(patches)), dim=1)
 
     def _branches(self) -> list[AgentCore]:
         return [cast(AgentCore, attention) for attention in self.attns]
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image: the projections, the products, the convolutions; whole stripes."""
-        total = 4 * math.prod(grid) * self.dim**2
+        total = 4 * (math.prod(grid) + self.num_prefix_tokens) * self.dim**2
         for index, attention in enumerate(self._branches()):
             stripes = branch_stripes(grid, self.split_size, index)
             total += math.prod(stripes.counts) * attention.mixing_macs(stripes.size, stripes.size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,27 +103,31 @@ class HaloAttention(nn.Module):
         """
         grid = check_tokens(x, grid, self.dim, self.num_prefix_tokens, 2)
         pattern, prefix = self.pattern(grid), self.num_prefix_tokens
-        x = pad_grid(x, grid, pattern.grid, prefix)
-        query = split_heads(_pointwise(self.q, self._queries(x, pattern)), self.num_heads)
-        key, value = split_heads(_pointwise(self.kv, x), self.num_heads).split((self.dim_head, self.dim_value), dim=-1)
-        reach = 2 * self.halo_size + self.block_size - 1
-        x = merge_heads(
-            attend(
-                query,
-                key,
-                value,
-                pattern=pattern,
-                bias=DecoupledBias(
-                    (self.pos_embed.height_rel, self.pos_embed.width_rel),
-                    origin=(reach + self.halo_size,) * 2,
-                    scaled=self.scale_pos_embed,
-                ),
-                key_logits=None if grid == pattern.grid else _hidden(x, grid, pattern),
-            )
-        )
+        query, key, value, options = self.operands(x, grid)
+        x = merge_heads(attend(query, key, value, **options))
         kept = tuple(math.ceil(size / self.query_stride) for size in grid)
         x = crop_grid(x, pattern.query_grid, kept, prefix)
         return on_grid(x, prefix, lambda p: to_tokens(avg_pool2d(to_map(p, kept), 2))) if self.pools else x
+
+    def operands(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Return query, key and value ``(B, H, N, D)`` on the padded grid, and the options of their attention.
+
+        Args:
+            x: as for :meth:`forward`.
+            grid: ``(H, W)``.
+        """
+        pattern = self.pattern(grid)
+        x = pad_grid(x, grid, pattern.grid, self.num_prefix_tokens)
+        query = split_heads(_pointwise(self.q, self._queries(x, pattern)), self.num_heads)
+        key, value = split_heads(_pointwise(self.kv, x), self.num_heads).split((self.dim_head, self.dim_value), dim=-1)
+        reach = 2 * self.halo_size + self.block_size - 1
+        bias = DecoupledBias(
+            (self.pos_embed.height_rel, self.pos_embed.width_rel),
+            origin=(reach + self.halo_size,) * 2,
+            scaled=self.scale_pos_embed,
+        )
+        hidden = None if tuple(grid) == pattern.grid else _hidden(x, tuple(grid), pattern)
+        return query, key, value, {"pattern": pattern, "bias": bias, "key_logits": hidden}
 
     def pattern(self, grid: Sequence[int]) -> Blocked:
         """Return which token sees which, on the grid padded to whole blocks."""
@@ -145,9 +150,10 @@ class HaloAttention(nn.Module):
         keys, queries = math.prod(pattern.grid), math.prod(pattern.query_grid)
         window = self.block_size + 2 * self.halo_size
         pairs = queries * (window**2 + prefix) + prefix * (keys + prefix)
-        projections = (queries + prefix) * self.q.weight.numel() + (keys + prefix) * self.kv.weight.numel()
+        wide, deep = self.num_heads * self.dim_head, self.num_heads * (self.dim_head + self.dim_value)
+        projections = ((queries + prefix) * wide + (keys + prefix) * deep) * self.dim
         positions = queries * self.num_heads * self.dim_head * 2 * (2 * window - 1)
-        return projections + positions + pairs * self.num_heads * (self.dim_head + self.dim_value)
+        return projections + positions + pairs * deep
 
     def _queries(self, x: Tensor, pattern: Blocked) -> Tensor:
         """Return the tokens that ask: the prefix, and every ``query_stride``-th along each axis."""
@@ -175,9 +181,9 @@ class RelativePosition(nn.Module):
             nn.init.trunc_normal_(table, std=dim_head**-0.5)
 
 
-def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return a 1x1 convolution of tokens ``(B, N, C)``."""
-    return linear(x, conv.weight.flatten(1), conv.bias)
+def _pointwise(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return a 1x1 convolution of tokens ``(B, N, C)``, or what stands in its place."""
+    return linear(x, conv.weight.flatten(1), conv.bias) if isinstance(conv, nn.Conv2d) else conv(x)
 
 
 def _hidden(x: Tensor, grid: tuple[int, ...], pattern: Blocked) -> Tensor:

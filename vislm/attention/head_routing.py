@@ -141,7 +141,12 @@ class QueryNormRouter(nn.Module):
     def forward(self, query: Tensor) -> Routing:
         """Return the routing for queries ``(B, H, N, D)``, before rotary embedding."""
         scores = query[:, self.shared_heads :].to(_routing_dtype(query)).norm(dim=-1).transpose(1, 2)
-        spread = scores.std(dim=-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).eps)
+        others = scores.shape[-1]
+        if others == 0:
+            return Routing(_ones(scores, self.shared_heads))
+        # A single score has no unbiased deviation; its probability is 1 whatever the spread.
+        spread = scores.std(dim=-1, correction=min(1, others - 1), keepdim=True)
+        spread = spread.clamp_min(torch.finfo(scores.dtype).eps)
         probabilities = (scores / spread).softmax(dim=-1)
         kept = _largest(probabilities, self.routed_heads)
         routed = kept + (probabilities - probabilities.detach())

@@ -88,28 +88,29 @@ class HybridScaleAttention(LocallyEnhanced):
             significance: return it too, for :class:`vislm.attention.SelfGuidedAttention`.
         """
         grid = self.checked(x, grid)
-        scales = self._scales(x, grid)
+        scales = self.scales(x, grid)
         attended = [attend(q, k, v, pattern=pattern, scale=self.scale) for q, k, v, pattern in scales]
         output = self.joined(x, merge_heads(torch.cat(attended, dim=1)), grid)
         return (output, self._significance(scales, grid)) if significance else output
 
     @torch.no_grad()
-    def _significance(self, scales: Sequence[_Scale], grid: tuple[int, int]) -> Tensor:
+    def _significance(self, scales: Sequence[Scale], grid: tuple[int, int]) -> Tensor:
         coarse, local = (_received(scale, self.scale, self.num_prefix_tokens) for scale in scales)
         reduced = (self._reduced(grid[0]), self._reduced(grid[1]))
         nearest = interpolate((coarse / math.prod(grid)).unflatten(1, (1, *reduced)), grid, mode="nearest")
         return nearest.flatten(1) + local / self._queries_in_window(grid).to(local)
 
-    def _scales(self, x: Tensor, grid: tuple[int, int]) -> tuple[_Scale, _Scale]:
+    def scales(self, x: Tensor, grid: tuple[int, int]) -> tuple[Scale, Scale]:
+        """Return what attends for x ``(B, N, C)``: the heads with coarse keys, and those with local ones."""
         prefix, patches = x[:, : self.num_prefix_tokens], to_map(x[:, self.num_prefix_tokens :], grid)
         below, right = (max(0, self.sr_ratio - side) for side in grid)
         reduced = gelu(self.norm(to_tokens(self.sr(pad(patches, (0, right, 0, below))))))
         window = Window(grid, tuple(min(self.window_size, side) for side in grid), prefix=self.num_prefix_tokens)
         half = self.num_heads // 2
 
-        def scale(queries: Tensor, keys_values: Tensor, pattern: Pattern) -> _Scale:
+        def scale(queries: Tensor, keys_values: Tensor, pattern: Pattern) -> Scale:
             query, key, value = (split_heads(part, half) for part in (queries, *keys_values.chunk(2, dim=-1)))
-            return _Scale(query, key, value, pattern)
+            return Scale(query, key, value, pattern)
 
         coarse = self.kv1(torch.cat((prefix, reduced), dim=1))
         return scale(self.q1(x), coarse, Dense()), scale(self.q2(x), self.kv2(x), window)
@@ -135,7 +136,7 @@ class HybridScaleAttention(LocallyEnhanced):
         return self.outer_macs(grid) + convolution + projections + (coarse + local) * self.dim
 
 
-class _Scale(NamedTuple):
+class Scale(NamedTuple):
     """Query, key and value of half the heads, ``(B, H / 2, N, D)``, and who sees whom."""
 
     query: Tensor
@@ -144,7 +145,7 @@ class _Scale(NamedTuple):
     pattern: Pattern
 
 
-def _received(scale: _Scale, factor: float, num_prefix: int) -> Tensor:
+def _received(scale: Scale, factor: float, num_prefix: int) -> Tensor:
     """Return the attention that each key behind the prefix receives from the grid's queries, averaged over heads."""
     from_grid = torch.arange(num_prefix, scale.query.shape[2])
     request = StatisticsRequest(received=from_grid if num_prefix else True)

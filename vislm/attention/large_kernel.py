@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from vislm.attention.pointwise import Pointwise
+from vislm.attention.dilated import dilated
+from vislm.attention.pointwise import Pointwise, pointwise
 from vislm.attention.tokens import check_tokens, on_grid, to_map, to_tokens
 from vislm.errors import UsageError
 
@@ -24,6 +25,7 @@ class LargeKernelAttention(nn.Module):
         num_heads: there for the signature that all attentions share: a gate has no heads.
         kernel_size: K, tokens along each side of the field that a token sees.
         dilation: d; K x K is done by a (2d - 1) x (2d - 1) convolution and one of ceil(K / d) tokens, d apart.
+        shortcut: add the input, as published; False in the place of an attention, whose block alone adds it.
         num_prefix_tokens: class and register tokens in front. A convolution of the map does not see them: they are
             returned as they are, and nothing of the map reaches them.
 
@@ -34,10 +36,17 @@ class LargeKernelAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 1, kernel_size: int = 21, *, dilation: int = 3, num_prefix_tokens: int = 0
+        self,
+        dim: int,
+        num_heads: int = 1,
+        kernel_size: int = 21,
+        *,
+        dilation: int = 3,
+        shortcut: bool = True,
+        num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
-        self.dim, self.num_prefix_tokens = dim, num_prefix_tokens
+        self.dim, self.shortcut, self.num_prefix_tokens = dim, shortcut, num_prefix_tokens
         self.proj_1 = Pointwise(dim, dim)
         self.spatial_gating_unit = LargeKernelGate(dim, kernel_size, dilation)
         self.proj_2 = Pointwise(dim, dim)
@@ -50,11 +59,12 @@ class LargeKernelAttention(nn.Module):
             grid: ``(H, W)``.
         """
         grid = check_tokens(x, grid, self.dim, self.num_prefix_tokens, 2)
-        return on_grid(x, self.num_prefix_tokens, lambda p: p + self._branch(p, grid))
+        return on_grid(x, self.num_prefix_tokens, lambda p: self._branch(p, grid))
 
     def _branch(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
-        x = to_map(gelu(self.proj_1(x)), grid)
-        return self.proj_2(to_tokens(self.spatial_gating_unit(x)))
+        inner = to_map(gelu(self.proj_1(x)), grid)
+        gated = self.proj_2(to_tokens(self.spatial_gating_unit(inner)))
+        return x + gated if self.shortcut else gated
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image: all convolutions."""
@@ -84,4 +94,5 @@ class LargeKernelGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated map ``(B, C, H, W)`` for x ``(B, C, H, W)``."""
-        return x * self.conv1(self.conv_spatial(self.conv0(x)))
+        field = dilated(self.conv_spatial, self.conv0(x))
+        return x * to_map(pointwise(self.conv1, to_tokens(field)), x.shape[2:])

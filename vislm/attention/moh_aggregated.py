@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, gelu, normalize, pad
 from vislm.attention.moh import gated
 from vislm.attention.moh_pooled import PooledGrid, attend_pooled
 from vislm.attention.moh_position import CosineHeads
+from vislm.attention.pointwise import pointwise
 from vislm.attention.tokens import check_tokens, crop_grid, merge_heads, pad_grid, split_heads, to_map, to_tokens
 from vislm.errors import UsageError
 from vislm.kernels import Neighborhood, RelativeBias, StatisticsRequest, attend
@@ -38,10 +39,12 @@ class MohAggregatedAttention(CosineHeads):
         qkv_bias: bias of the projections.
         proj_drop: dropout behind the output projection.
         skip_heads: attend to the pooled map for used (token, head) pairs only; None = where that is faster.
+        num_prefix_tokens: class and register tokens in front: seen by every token, seeing every token (not the pooled
+            ones), without position biases and the learned maps of the window.
 
     The state dict has the official names, with the routers apart: ``q, kv`` (rows ``[k | v]``), ``sr, norm,
     query_embedding, temperature, relative_pos_bias_local, learnable_tokens, learnable_bias, cpb_fc1, cpb_fc2, proj,
-    router.wg, router.wg_0, router.wg_1``. There are no prefix tokens.
+    router.wg, router.wg_0, router.wg_1``.
 
     Raises:
         UsageError: sizes that do not fit.
@@ -60,11 +63,13 @@ class MohAggregatedAttention(CosineHeads):
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         skip_heads: bool | None = None,
+        num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__(dim, num_heads, shared_heads, routed_heads, pretrained_grid, proj_drop)
         if window_size < 1 or window_size % 2 == 0 or sr_ratio < 1:
             raise UsageError(f"{window_size=}, {sr_ratio=}; expected an odd window and a ratio of 1 or more")
         self.window_size, self.sr_ratio, self.skip_heads = window_size, sr_ratio, skip_heads
+        self.num_prefix_tokens = num_prefix_tokens
         head_dim, places = dim // num_heads, window_size**2
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
@@ -80,54 +85,62 @@ class MohAggregatedAttention(CosineHeads):
         """Return the output ``(B, N, C)``.
 
         Args:
-            x: ``(B, N, C)``, the grid's tokens row-major.
+            x: ``(B, N, C)``: prefix tokens, then the grid's tokens row-major.
             grid: ``(H, W)``.
         """
-        height, width = check_tokens(x, grid, self.dim, 0, axes=2)
+        prefix = self.num_prefix_tokens
+        height, width = check_tokens(x, grid, self.dim, prefix, axes=2)
         pooled = PooledGrid((height, width), self.sr_ratio)
-        coarse = to_tokens(adaptive_avg_pool2d(gelu(self.sr(to_map(x, grid))), pooled.sides))
+        reduced = gelu(pointwise(self.sr, x[:, prefix:]))
+        coarse = to_tokens(adaptive_avg_pool2d(to_map(reduced, grid), pooled.sides))
         unit = normalize(split_heads(self.q(x), self.num_heads), dim=-1)
-        query = self.scaled(unit, self._in_window(grid) + math.prod(pooled.sides))
-        key, value = self._keys_values(x)
+        query = self.scaled(unit, self.visible(grid, math.prod(pooled.sides)))
+        key, value = self.keys_values(x)
         routing = self.router(x)
+        local, lse = self._attend_window(query, key, value, (height, width))
+        # Gathering the bias costs about half of what the spared keys would.
+        kept = routing.kept if self.router.skips(self.skip_heads, math.prod(pooled.sides) // 2) else None
         heads = attend_pooled(
-            query,
-            *self._keys_values(self.norm(coarse)),
+            query[:, :, prefix:],
+            *self.keys_values(self.norm(coarse)),
             self.bias_table(*pooled.offsets()),
             pooled,
-            self._attend_window(query, key, value, (height, width)),
-            # Gathering the bias costs about half of what the spared keys would.
-            routing.kept if self.router.skips(self.skip_heads, math.prod(pooled.sides) // 2) else None,
+            (local[:, :, prefix:], lse[:, :, prefix:]),
+            None if kept is None else kept[:, prefix:],
         )
-        heads = heads + self._convolved(unit, value, (height, width))
+        heads = heads + self._convolved(unit[:, :, prefix:], value[:, :, prefix:], (height, width))
+        heads = torch.cat((local[:, :, :prefix], heads), dim=2) if prefix else heads
         return self.proj_drop(self.proj(merge_heads(gated(heads, routing))))
 
-    def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unit keys and values ``(B, H, N, D)`` of tokens ``(B, N, C)``, pooled ones too."""
         key, value = (split_heads(part, self.num_heads) for part in self.kv(x).chunk(2, dim=-1))
         return normalize(key, dim=-1), value
 
-    def _in_window(self, grid: Sequence[int]) -> Tensor:
-        """Return how many tokens of the image lie in each token's window, ``(N,)``."""
+    def visible(self, grid: Sequence[int], pooled: int) -> Tensor:
+        """Return how many keys each token sees, ``(R + N,)``: all tokens, or prefix, window and pooled ones."""
         reach, places = self.window_size // 2, (torch.arange(side) for side in grid)
         rows, columns = (
             (place + reach).clamp_max(len(place) - 1) - (place - reach).clamp_min(0) + 1 for place in places
         )
-        return (rows[:, None] * columns).flatten()
+        patches = (rows[:, None] * columns).flatten() + pooled + self.num_prefix_tokens
+        return pad(patches, (self.num_prefix_tokens, 0), value=len(patches) + self.num_prefix_tokens)
 
     def _attend_window(self, query: Tensor, key: Tensor, value: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp of the window's part of the softmax."""
-        sides = tuple(max(side, self.window_size) for side in grid)
+        sides, prefix = tuple(max(side, self.window_size) for side in grid), self.num_prefix_tokens
         outside = None
         if sides != grid:  # a map smaller than the window: widened, and what is added is not seen
             inside = pad_grid(torch.ones(1, math.prod(grid), 1, device=query.device), grid, sides).view(-1)
-            outside = torch.zeros_like(inside).masked_fill(inside == 0, -torch.inf)
-            query, key, value = (_each_head(part, lambda p: pad_grid(p, grid, sides)) for part in (query, key, value))
+            outside = pad(torch.zeros_like(inside).masked_fill(inside == 0, -torch.inf), (prefix, 0))
+            parts = (query, key, value)
+            query, key, value = (_each_head(part, lambda p: pad_grid(p, grid, sides, prefix)) for part in parts)
         table = self.relative_pos_bias_local.unflatten(1, (self.window_size, self.window_size))
         output, statistics = attend(
             query,
             key,
             value,
-            pattern=Neighborhood(sides, self.window_size, border="mask"),
+            pattern=Neighborhood(sides, self.window_size, border="mask", prefix=prefix),
             bias=RelativeBias(table),
             scale=1.0,
             key_logits=outside,
@@ -135,7 +148,7 @@ class MohAggregatedAttention(CosineHeads):
         )
         assert statistics.lse is not None
         lse = statistics.lse[..., None]
-        output, lse = (_each_head(part, lambda p: crop_grid(p, sides, grid)) for part in (output, lse))
+        output, lse = (_each_head(part, lambda p: crop_grid(p, sides, grid, prefix)) for part in (output, lse))
         return output, lse[..., 0]
 
     def _convolved(self, unit: Tensor, value: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -147,16 +160,17 @@ class MohAggregatedAttention(CosineHeads):
         total = torch.zeros_like(value).unflatten(2, grid)
         for place in range(self.window_size**2):
             neighbor = shifted[:, :, place // self.window_size, place % self.window_size].movedim(2, -1)
-            total = total + weights[..., place, None] * neighbor
+            total = torch.addcmul(total, weights[..., place, None], neighbor)
         return total.flatten(2, 3)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image with all heads: projections, routers, bias, attention, window maps."""
-        tokens, pooled = math.prod(grid), PooledGrid((grid[0], grid[1]), self.sr_ratio)
-        coarse, places = math.prod(pooled.sides), self.window_size**2
-        projections = (5 * tokens + 2 * coarse) * self.dim**2
+        patches, pooled, prefix = math.prod(grid), PooledGrid((grid[0], grid[1]), self.sr_ratio), self.num_prefix_tokens
+        tokens, coarse, places = patches + prefix, math.prod(pooled.sides), self.window_size**2
+        projections = (4 * tokens + patches + 2 * coarse) * self.dim**2
+        pairs = patches * (2 * coarse + 3 * places) + 2 * prefix * (patches + tokens)
         bias = self.bias_macs(*(len(offset) for offset in pooled.offsets()))
-        return projections + tokens * (2 * coarse + 3 * places) * self.dim + bias + self.router.macs(tokens)
+        return projections + pairs * self.dim + bias + self.router.macs(tokens)
 
 
 def _each_head(x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

@@ -21,6 +21,8 @@ from vislm.kernels import Causal, Dense, attend
 class MohLlamaAttention(nn.Module):
     """Causal attention with rotary positions and grouped keys, ``o_proj([gate_i head_i])`` with gates of 1 or 0.
 
+    In a vision transformer: ``causal=False`` and ``rope_theta=None``.
+
     The gates are those of :class:`QueryNormRouter`: a pre-trained model needs no further parameters. Every head's keys
     and values stay, since later queries may use them.
 
@@ -30,8 +32,10 @@ class MohLlamaAttention(nn.Module):
         shared_heads: the heads in front that every token uses; None = half of them.
         routed_heads: how many of the others each token uses; None = half of those, rounded up.
         num_kv_heads: heads of keys and values, a divisor of H; None = H.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies, None = without.
+        causal: each token sees those up to itself.
         qkv_bias: bias of the projections ``q_proj, k_proj, v_proj``.
+        num_prefix_tokens: class and register tokens in front; they are tokens like the others.
 
     The state dict has the official names: ``q_proj, k_proj, v_proj, o_proj``.
 
@@ -47,19 +51,23 @@ class MohLlamaAttention(nn.Module):
         routed_heads: int | None = None,
         *,
         num_kv_heads: int | None = None,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = 10000.0,
+        causal: bool = True,
         qkv_bias: bool = False,
+        num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__()
         head_dim, kv_heads = check_heads(dim, num_heads), num_heads if num_kv_heads is None else num_kv_heads
         shared, routed = default_heads(num_heads, shared_heads, routed_heads)
-        if kv_heads < 1 or num_heads % kv_heads or head_dim % 2 or not 0 <= routed <= num_heads - shared:
+        odd = rope_theta is not None and head_dim % 2
+        if kv_heads < 1 or num_heads % kv_heads or odd or not 0 <= routed <= num_heads - shared:
             raise UsageError(
                 f"{dim=}, {num_heads=}, num_kv_heads={kv_heads}, shared_heads={shared}, routed_heads={routed}; "
                 "expected an even head_dim, num_kv_heads that divides num_heads, and no more routed heads than there "
                 "are besides the shared ones"
             )
         self.dim, self.num_heads, self.num_kv_heads, self.rope_theta = dim, num_heads, kv_heads, rope_theta
+        self.causal, self.num_prefix_tokens = causal, num_prefix_tokens
         self.router = QueryNormRouter(shared, routed)
         self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.k_proj, self.v_proj = (nn.Linear(dim, kv_heads * head_dim, bias=qkv_bias) for _ in range(2))
@@ -70,10 +78,10 @@ class MohLlamaAttention(nn.Module):
 
         Args:
             x: ``(B, N, C)``, in order.
-            grid: ``(N,)``, or any sizes with that product.
-            mask: additive logits that broadcast to ``(B, H, N, N)``; None = each token sees those up to itself.
+            grid: any sizes whose product is the number of tokens behind the prefix, such as ``(N,)``.
+            mask: additive logits that broadcast to ``(B, H, N, N)``, in place of the causal pattern.
         """
-        check_tokens(x, grid, self.dim, 0, len(grid))
+        check_tokens(x, grid, self.dim, self.num_prefix_tokens, len(grid))
         query = split_heads(self.q_proj(x), self.num_heads)
         key, value = (split_heads(linear(x), self.num_kv_heads) for linear in (self.k_proj, self.v_proj))
         routing = self.router(query)
@@ -81,13 +89,15 @@ class MohLlamaAttention(nn.Module):
             self._rotated(query),
             self._rotated(key),
             value,
-            pattern=Causal() if mask is None else Dense(),
+            pattern=Causal() if self.causal and mask is None else Dense(),
             bias=mask,
         )
         return self.o_proj(merge_heads(gated(heads, routing)))
 
     def _rotated(self, x: Tensor) -> Tensor:
         """Return x ``(B, H, N, D)`` with channel pairs ``(i, i + D / 2)`` turned by their positions' angles."""
+        if self.rope_theta is None:
+            return x
         half = x.shape[-1] // 2
         frequency = self.rope_theta ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
         angle = torch.arange(x.shape[2], device=x.device)[:, None] * frequency
@@ -97,9 +107,10 @@ class MohLlamaAttention(nn.Module):
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one sequence with all heads: projections and the products of the attention."""
-        tokens = math.prod(grid)
-        projections = sum(part.weight.numel() for part in (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
-        return tokens * projections + tokens * (tokens + 1) * self.dim
+        tokens = math.prod(grid) + self.num_prefix_tokens
+        projections = 2 * self.dim * (self.dim + self.num_kv_heads * self.dim // self.num_heads)
+        pairs = tokens * (tokens + 1) if self.causal else 2 * tokens**2
+        return tokens * projections + pairs * self.dim
 
     def extra_repr(self) -> str:
         """Return the options for ``print(module)``."""

@@ -16,11 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from vislm.attention.head_routing import HeadRouter
 from vislm.attention.moh import default_heads
+from vislm.attention.remembered import Remembered
 from vislm.attention.tokens import check_heads, per_axis
 
 HIDDEN, REACH, TEMPERATURE = 512, 8, 0.24
 CHUNK = 2**24
-"""Largest number of hidden values of the bias network that are in memory at once."""
+"""Largest number of hidden values of the bias network that are in memory at once, for gradients."""
+CACHED = 2**19
+"""The same in inference: as many as a cache holds."""
 
 
 class CosineHeads(nn.Module):
@@ -48,6 +51,7 @@ class CosineHeads(nn.Module):
         self.temperature = nn.Parameter(torch.full((num_heads, 1, 1), math.log(math.expm1(1 / TEMPERATURE))))
         self.cpb_fc1 = nn.Linear(2, HIDDEN)
         self.cpb_fc2 = nn.Linear(HIDDEN, num_heads)
+        self.remembered = Remembered()
         self.router = HeadRouter(dim, num_heads, *default_heads(num_heads, shared_heads, routed_heads))
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -70,10 +74,20 @@ class CosineHeads(nn.Module):
     def bias_table(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the bias ``(H, R, S)`` of queries that are ``rows`` ``(R,)`` and ``columns`` ``(S,)`` from the key.
 
-        Large tables are computed some rows at a time, and again in the backward pass.
+        Large tables are computed some rows at a time, and again in the backward pass. In inference the last one is
+        kept, unless it is large.
         """
-        parts = rows.split(max(1, CHUNK // (HIDDEN * len(columns))))
-        if len(parts) == 1 or not torch.is_grad_enabled():
+        network = (self.cpb_fc1.weight, self.cpb_fc1.bias, self.cpb_fc2.weight, self.cpb_fc2.bias)
+        if torch.compiler.is_compiling():
+            return self._bias_table(rows, columns)
+        return self.remembered(
+            (tuple(rows.tolist()), tuple(columns.tolist())), network, lambda: self._bias_table(rows, columns)
+        )
+
+    def _bias_table(self, rows: Tensor, columns: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled()
+        parts = rows.split(max(1, (CHUNK if learns else CACHED) // (HIDDEN * len(columns))))
+        if len(parts) == 1 or not learns:
             tables = [self._bias_rows(part, columns) for part in parts]
         else:
             tables = [cast(Tensor, checkpoint(self._bias_rows, part, columns, use_reentrant=False)) for part in parts]

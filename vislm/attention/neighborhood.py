@@ -85,6 +85,7 @@ class NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.prefix_logits: Tensor | None = None  # those of a model whose attention this one replaces
         least = tuple(max(1, w * d) for w, d in zip(self.window_size, self.dilation, strict=True))
         if any(self.pattern(least).causal) and rel_pos_bias:
             raise UsageError(f"{rel_pos_bias=} is not defined with {causal=}; use one of the two")
@@ -112,6 +113,7 @@ class NeighborhoodAttention(nn.Module):
             pattern=pattern,
             bias=None if self.rpb is None else RelativeBias(self.rpb),
             scale=self.scale,
+            prefix_logits=self.prefix_logits,
         )
         x = crop_grid(merge_heads(x), pattern.grid, grid, self.num_prefix_tokens)
         return self.proj_drop(self.proj(x))

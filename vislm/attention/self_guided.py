@@ -96,7 +96,7 @@ class SelfGuidedAttention(LocallyEnhanced):
         order = significance.argsort(dim=1, stable=True)
         ranked = patches.gather(1, order[..., None].expand_as(patches))
         merged = []
-        for number, (start, end, length) in enumerate(self._parts(patches.shape[1]), start=1):
+        for number, (start, end, length) in enumerate(self.parts(patches.shape[1]), start=1):
             runs = pad(ranked[:, start:end], (0, 0, 0, (start - end) % length)).unflatten(1, (-1, length))
             merged.append(self.get_submodule(f"f{number}")(runs.transpose(2, 3)).squeeze(-1))
         return torch.cat(merged, dim=1)
@@ -104,13 +104,13 @@ class SelfGuidedAttention(LocallyEnhanced):
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image: merging, projections and the two products of attention."""
         patches, prefix = math.prod(grid), self.num_prefix_tokens
-        parts = [(math.ceil((end - start) / length), length) for start, end, length in self._parts(patches)]
+        parts = [(math.ceil((end - start) / length), length) for start, end, length in self.parts(patches)]
         keys = prefix + sum(runs for runs, _ in parts)
         merging = sum(runs * length for runs, length in parts) * self.dim
         projections = (patches + prefix + 2 * keys) * self.dim**2
         return self.outer_macs(grid) + merging + projections + 2 * (patches + prefix) * keys * self.dim
 
-    def _parts(self, tokens: int) -> list[tuple[int, int, int]]:
+    def parts(self, tokens: int) -> list[tuple[int, int, int]]:
         """Return start, end and run length of each part of the sorted tokens."""
         parts, start = [], 0
         for number, (share, length) in enumerate(RUNS[self.sr_ratio], start=1):

@@ -6,6 +6,9 @@ for Sigmoid Self-Attention* (ICLR 2025, arXiv 2409.04431); official repository a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +41,7 @@ class SigmoidAttention(SigmoidHeads):
         row_norm: divide row i by ``i + 1`` (``"length"``) or its root (``"sqrt_length"``).
         proj_bias: bias of the output projection.
         proj_drop: dropout behind it. There is no dropout of weights.
+        num_prefix_tokens: class and register tokens in front; they are tokens like the others.
 
     The state dict has the official names: ``qkv, proj, q_norm, k_norm, attn_bias, attn_temp``. A softmax checkpoint can
     be loaded but must be fine-tuned.
@@ -62,6 +66,7 @@ class SigmoidAttention(SigmoidHeads):
         row_norm: RowNorm | None = None,
         proj_bias: bool = True,
         proj_drop: float = 0.0,
+        num_prefix_tokens: int = 0,
     ) -> None:
         super().__init__(
             dim,
@@ -78,7 +83,7 @@ class SigmoidAttention(SigmoidHeads):
         if rope and self.head_dim % 2:
             raise UsageError(f"rope=True rotates pairs of channels, but head_dim = {dim} / {num_heads} is odd")
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.rope, self.alibi = rope, alibi
+        self.rope, self.alibi, self.num_prefix_tokens = rope, alibi, num_prefix_tokens
         initialize(self)
 
     def forward(
@@ -103,6 +108,11 @@ class SigmoidAttention(SigmoidHeads):
             query, key = _rotated(query), _rotated(key)
         slopes = alibi_slopes(self.num_heads, device=x.device) if self.alibi else None
         return self.attended(query, key, value, pattern, statistics, slopes)
+
+    def macs(self, grid: Sequence[int]) -> int:
+        """Return the multiply-adds of one image: the projections and the two products of the attention."""
+        tokens, dim = self.num_prefix_tokens + math.prod(grid), self.num_heads * self.head_dim
+        return 4 * tokens * dim**2 + 2 * tokens**2 * dim
 
 
 class SigmoidCrossAttention(SigmoidHeads):

@@ -52,13 +52,19 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def to_map(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Return ``(B, N, C)`` as ``(B, C, *grid)``, a view."""
-    return x.transpose(1, 2).unflatten(2, tuple(grid))
+    """Return ``(B, N, C)`` as ``(B, C, *grid)``, a view: of two axes, a map in channels-last order."""
+    # Unflattened first: in the other order a batch of one gets strides that no convolution takes for channels-last.
+    return x.unflatten(1, tuple(grid)).movedim(-1, 1)
 
 
 def to_tokens(x: Tensor) -> Tensor:
     """Return ``(B, C, *grid)`` as ``(B, N, C)``."""
     return x.flatten(2).transpose(1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return a map ``(B, C, H, W)`` stored as tokens are, so that :func:`to_tokens` of it, convolved, copies nothing."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def pad_grid(x: Tensor, grid: Sequence[int], sizes: Sequence[int], num_prefix: int = 0) -> Tensor:

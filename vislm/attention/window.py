@@ -77,6 +77,7 @@ class WindowAttention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.prefix_logits: Tensor | None = None  # those of a model whose attention this one replaces
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that take no weight decay."""
@@ -91,7 +92,7 @@ class WindowAttention(nn.Module):
         """
         grid = check_tokens(x, grid, self.dim, self.num_prefix_tokens, len(self.window_size))
         pattern, table = self.pattern(grid), self.relative_position_bias_table
-        x = _padded(x, grid, pattern)
+        x = padded(x, grid, pattern)
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         x = attend_dropping(
             query,
@@ -101,6 +102,7 @@ class WindowAttention(nn.Module):
             pattern=pattern,
             bias=None if table is None else RelativeBias.swin(table, self.window_size),
             scale=self.scale,
+            prefix_logits=self.prefix_logits,
         )
         x = _cropped(merge_heads(x), grid, pattern)
         return self.proj_drop(self.proj(x))
@@ -130,8 +132,8 @@ class WindowAttention(nn.Module):
         )
 
 
-def _padded(x: Tensor, grid: tuple[int, ...], pattern: Window) -> Tensor:
-    """Return prefix and grid tokens with zero tokens where Swin has them.
+def padded(x: Tensor, grid: tuple[int, ...], pattern: Window) -> Tensor:
+    """Return prefix and grid tokens ``(B, N, C)`` with zero tokens where Swin has them.
 
     Swin rolls the map back by the shift, pads its end, and cuts windows without a shift. Rolled forward again, those
     windows are the pattern's; without padding the two rolls cancel.
@@ -143,7 +145,7 @@ def _padded(x: Tensor, grid: tuple[int, ...], pattern: Window) -> Tensor:
 
 
 def _cropped(x: Tensor, grid: tuple[int, ...], pattern: Window) -> Tensor:
-    """Undo :func:`_padded`."""
+    """Undo :func:`padded`."""
     if grid == pattern.grid:
         return x
     x = _rolled(x, pattern.grid, [-shift for shift in pattern.shift], pattern.prefix)

@@ -68,7 +68,9 @@ def receptive_fields(model: Backbone, size: Sequence[int]) -> list[tuple[int, in
     fields: list[tuple[int, int]] = []
     for features in model.stage_maps(images):
         if not fields or fields[-1] != tuple(size):  # what is behind sees no less
-            middle = features[0, :, features.shape[2] // 2, features.shape[3] // 2].sum()
+            channels = features[0, :, features.shape[2] // 2, features.shape[3] // 2]
+            # Not their plain sum, which behind a layer norm is the same for every image.
+            middle = channels @ torch.linspace(1.0, 2.0, len(channels)).to(channels)
             (gradient,) = torch.autograd.grad(middle, images, retain_graph=True)
             seen = (gradient[0] != 0).any(0).nonzero()
             height, width = (seen.amax(0) - seen.amin(0) + 1).tolist()

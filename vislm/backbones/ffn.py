@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vislm.backbones.ffn_conv import ConvGlu, ResidualConvMlp
+from vislm.backbones.slices import by_tokens
 from vislm.backbones.stvit import StvitMlp
 from vislm.backbones.van import ConvMlp
 
@@ -23,7 +24,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Return ``(B, N, C)``; the grid does not matter."""
-        return self.fc2(self.act(self.fc1(x)))
+        return by_tokens(x, self.fc1.out_features, lambda part: self.fc2(self.act(self.fc1(part))))
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""

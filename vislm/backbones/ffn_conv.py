@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from vislm.attention.tokens import to_map, to_tokens
+from vislm.backbones.slices import by_rows
 
 
 class ResidualConvMlp(nn.Module):
@@ -26,8 +27,11 @@ class ResidualConvMlp(nn.Module):
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Return ``(B, N, C)`` for the grid's tokens ``(B, N, C)``."""
-        hidden = self.fc1(x)
-        return self.fc2(self.act(hidden + _convolved(self.dwconv, hidden, grid)))
+
+        def middle(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+            return self.act(hidden + _convolved(self.dwconv, hidden, rows))
+
+        return by_rows(x, grid, self.dwconv.out_channels, self.fc1, middle, self.fc2)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""
@@ -50,8 +54,12 @@ class ConvGlu(nn.Module):
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Return ``(B, N, C)`` for the grid's tokens ``(B, N, C)``."""
-        hidden, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(self.act(_convolved(self.dwconv, hidden, grid)) * gate)
+
+        def middle(both: Tensor, rows: Sequence[int]) -> Tensor:
+            hidden, gate = both.chunk(2, dim=-1)
+            return self.act(_convolved(self.dwconv, hidden.contiguous(), rows)) * gate
+
+        return by_rows(x, grid, 2 * self.dwconv.out_channels, self.fc1, middle, self.fc2)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""

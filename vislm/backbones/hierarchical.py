@@ -11,7 +11,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from vislm.attention.tokens import to_map, to_tokens
+from vislm.attention.tokens import channels_last, to_map, to_tokens
 from vislm.backbones.backbone import Backbone, Head, drop_path_rates, initialize, initialize_convolutions
 from vislm.backbones.blocks import BLOCKS
 from vislm.backbones.checkpointing import run_block
@@ -59,7 +59,7 @@ class Hierarchical(Backbone):
 
     def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Yield each stage's output ``(B, C_i, H_i, W_i)`` for images ``(B, 3, H, W)`` of any size."""
-        x, grid = self.stem(images)
+        x, grid = self.stem(channels_last(images))
         for stage in self.stages:
             x, grid = stage(x, grid)
             yield to_map(x, grid)

@@ -71,7 +71,7 @@ def _value(hint: Any, given: Any, where: str) -> Any:
     return dict(given)
 
 
-def make(kind: str, find: Callable[[str], Callable[..., T]], spec: Mapping[str, Any], **sizes: Any) -> T:
+def make(kind: str, find: Callable[[Any], Callable[..., T]], spec: Mapping[str, Any], **sizes: Any) -> T:
     """Return the component that a specification ``{name: ..., option: value}`` describes.
 
     Args:
@@ -85,7 +85,7 @@ def make(kind: str, find: Callable[[str], Callable[..., T]], spec: Mapping[str, 
         UsageError: a specification without a name.
     """
     options = dict(spec)
-    if not isinstance(options.get("name"), str):
+    if not isinstance(options.get("name"), (str, type)):
         raise UsageError(f"{kind} is {options}, expected {{name: ..., option: value}}")
     name = options.pop("name")
     cls = find(name)

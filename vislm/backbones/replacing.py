@@ -3,91 +3,66 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from itertools import cycle
 from typing import Any
 
 from torch import nn
 
 from vislm.attention import attention_class, attention_names
+from vislm.attention.hybrid_scale import HybridScaleAttention
+from vislm.attention.neighborhood import NeighborhoodAttention
+from vislm.attention.self_guided import SelfGuidedAttention
+from vislm.backbones.replacing_adoption import DEFAULTS, start
+from vislm.backbones.replacing_beit import BeitForm, ReplacedBeit
 from vislm.backbones.replacing_forms import FORMS, Form, class_name, form_of
-from vislm.backbones.replacing_host import GridOfTokens, ReplacedAttention, ReplacedMultihead, exchange
+from vislm.backbones.replacing_handle import Replacement
+from vislm.backbones.replacing_host import GridOfTokens, ReplacedAttention, ReplacedMultihead, Significance
 from vislm.backbones.replacing_towers import Tower, tower_of
 from vislm.errors import UnknownName, UsageError
 
+Attention = str | type[nn.Module] | Mapping[str, Any]
+"""A name of ``vislm.attention.attention_names()``, a class of your own, or ``{"name": .., option: ..}``."""
+
 
 def replace_attention(
-    model: nn.Module, attention: str, layers: tuple[int, int] = (0, -1), **options: Any
+    model: nn.Module, attention: Attention | Sequence[Attention], layers: tuple[int, int] = (0, -1), **options: Any
 ) -> Replacement:
     """Put another attention into a vision transformer, in place; its weights stay.
 
     The projections, norms of queries and keys, rotary positions, gates and class or register tokens remain the
     model's, under the same names in its state dict; the attention's own parameters (such as ``rpb``) are added as
-    ``....mixer.*``. Tables of positions, convolutions of values and routers of heads start at zero, so that a window
-    over the whole grid, or a mixture of all heads, gives the original's output.
+    ``....mixer.*``. They start so that they disturb least: tables of positions, convolutions of values and routers at
+    zero, poolings as means. So a window over the whole grid, or a mixture of all heads, gives the original's output.
 
     Args:
-        model: a timm vision transformer (ViT, DeiT, EVA, SigLIP, DINOv2 ..), the visual tower of an open_clip model, or
-            the open_clip model around it.
-        attention: a name of ``vislm.attention.attention_names()``.
+        model: a timm vision transformer (ViT, DeiT, EVA, SigLIP, DINOv2, BEiT ..), the visual tower of an open_clip
+            model, or the open_clip model around it.
+        attention: its name; or a class of your own that takes ``dim, num_heads``, projects by ``qkv`` and ``proj`` and
+            has ``forward(x, grid)``. Several take turns: ``["hybrid_scale", "self_guided"]``, or Swin's
+            ``["window", {"name": "window", "shifted": True}]``.
         layers: first and last layer, both included, counted from 0 or from the end.
-        options: of the attention, such as ``window_size=7``.
+        options: of the attention (of each, if there are several), such as ``window_size=7``.
 
     Returns:
         A handle that puts the original back: ``undo()``, or at the end of ``with replace_attention(...):``. Trained
-        projections stay trained.
+        projections stay trained. It tells what is new and what is without use; ``print`` it.
 
     Raises:
         UnknownName: an unknown attention or option; names the nearest ones.
         UsageError: a model or an attention whose weights do not fit, or layers that are not there.
     """
-    tower, cls = tower_of(model), attention_class(attention)
+    tower, wanted = tower_of(model), [_asked(entry, options) for entry in _several(attention)]
     first, last = (index + len(tower.blocks) if index < 0 else index for index in layers)
     if not 0 <= first <= last < len(tower.blocks):
         raise UsageError(f"{layers=}, expected the first and last of {len(tower.blocks)} layers")
-    known = set(inspect.signature(cls).parameters) - {"dim", "num_heads", "num_prefix_tokens"}
-    for option in options:
-        if option not in known:
-            raise UnknownName(f"option of {attention}", option, known)
     grid, made = GridOfTokens(), list[tuple[nn.Module, ReplacedAttention]]()
-    for index in range(first, last + 1):
+    for index, asked in zip(range(first, last + 1), cycle(wanted)):
         original = tower.attention(index)
-        made.append((original, _host(attention, original, f"layer {index}", tower, options, grid)))
-    return Replacement(tower, range(first, last + 1), made, grid)
-
-
-class Replacement:
-    """What :func:`replace_attention` did, and how to take it back.
-
-    Attributes:
-        layers: the layers whose attention was replaced.
-    """
-
-    def __init__(
-        self, tower: Tower, layers: range, made: Sequence[tuple[nn.Module, ReplacedAttention]], grid: GridOfTokens
-    ) -> None:
-        self.layers, self._tower, self._made = layers, tower, list(made)
-        self._hook = tower.embedding.register_forward_hook(grid)
-        for index, (_, host) in zip(layers, made, strict=True):
-            tower.put_attention(index, host)
-
-    def undo(self) -> None:
-        """Put the original attentions back, with the projections as they are now."""
-        self._hook.remove()
-        for index, (original, host) in zip(self.layers, self._made, strict=False):
-            exchange(host, original)
-            original.train(host.training)
-            self._tower.put_attention(index, original)
-        self._made.clear()
-
-    def __enter__(self) -> Replacement:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.undo()
+        made.append((original, _host(asked, original, f"layer {index}", tower, grid)))
+    _relay([host for _, host in made], tower.rotary)
+    return Replacement(model, tower, range(first, last + 1), made, grid)
 
 
 @dataclass(frozen=True)
@@ -127,34 +102,81 @@ def attention_of(model: nn.Module) -> list[AttentionSite]:
     return sites
 
 
-_FROM_ZERO = ("dwc.weight", "dwc.bias", "height_rel", "width_rel", "wg.weight", "wg_0.weight", "wg_1.weight")
-"""What an attention adds to the plain one, beside the tables that take no weight decay."""
-_WITHOUT_GRID = ("sigmoid",)
-"""Attentions for which all tokens are alike."""
+@dataclass(frozen=True)
+class _Asked:
+    """An attention that was asked for."""
+
+    name: str
+    kind: type[nn.Module]
+    options: dict[str, Any]
 
 
-def _host(
-    attention: str, original: nn.Module, path: str, tower: Tower, options: dict[str, Any], grid: GridOfTokens
-) -> ReplacedAttention:
+def _several(attention: Attention | Sequence[Attention]) -> Sequence[Attention]:
+    if isinstance(attention, (str, type, Mapping)):
+        return [attention]
+    if not attention:
+        raise UsageError(f"{attention=}, expected one attention or more")
+    return attention
+
+
+def _asked(attention: Attention, options: Mapping[str, Any]) -> _Asked:
+    """Return what an entry asks for; raise ``UnknownName`` for names and options that do not exist."""
+    entry = dict(attention) if isinstance(attention, Mapping) else {"name": attention}
+    if "name" not in entry:
+        raise UsageError(f"attention is {entry}, expected {{'name': ..., option: value}}")
+    kind = attention_class(entry["name"])
+    name = entry.pop("name")
+    name = kind.__name__ if isinstance(name, type) else name
+    given = {**options, **entry}
+    known = set(inspect.signature(kind).parameters) - {"dim", "num_heads", "num_prefix_tokens"}
+    for option in given:
+        if option not in known:
+            raise UnknownName(f"option of {name}", option, known)
+    return _Asked(name, kind, {**DEFAULTS.get(name, {}), **given})
+
+
+def _host(asked: _Asked, original: nn.Module, path: str, tower: Tower, grid: GridOfTokens) -> ReplacedAttention:
     form = form_of(original, path)
-    mixer = _mixer(attention, form, tower, options)
+    mixer = _mixer(asked, form, tower)
     weight = next(original.parameters())
     mixer.to(weight.device, weight.dtype)
     if isinstance(original, nn.MultiheadAttention):
-        return ReplacedMultihead(original, form, attention, mixer, grid)
-    return ReplacedAttention(original, form, attention, mixer, grid)
+        return ReplacedMultihead(original, form, asked.name, mixer, grid)
+    if isinstance(form, BeitForm):
+        return ReplacedBeit(original, form, asked.name, mixer, grid)
+    return ReplacedAttention(original, form, asked.name, mixer, grid)
 
 
-def _mixer(attention: str, form: Form, tower: Tower, options: dict[str, Any]) -> nn.Module:
-    cls = attention_class(attention)
-    given = {"num_prefix_tokens": tower.num_prefix_tokens, "attn_drop": form.attn_drop, **options}
-    known = inspect.signature(cls).parameters
-    if tower.num_prefix_tokens and "num_prefix_tokens" not in known and attention not in _WITHOUT_GRID:
-        raise UsageError(f"{attention} has no place for the model's {tower.num_prefix_tokens} class or register tokens")
-    sizes = {"dim": form.width, "num_heads": form.num_heads}
-    mixer = cls(**sizes, **{name: entry for name, entry in given.items() if name in known})
-    added = getattr(mixer, "no_weight_decay", set)()
-    for name, parameter in mixer.named_parameters():
-        if name in added or name.endswith(_FROM_ZERO):
-            nn.init.zeros_(parameter)
+def _mixer(asked: _Asked, form: Form, tower: Tower) -> nn.Module:
+    given = {"num_prefix_tokens": tower.num_prefix_tokens, "attn_drop": form.attn_drop, **asked.options}
+    if isinstance(form, BeitForm) and form.window is not None and issubclass(asked.kind, NeighborhoodAttention):
+        given = {"rel_pos_bias": True, **given}  # the model's own
+    known = inspect.signature(asked.kind).parameters
+    if tower.num_prefix_tokens and "num_prefix_tokens" not in known:
+        raise UsageError(
+            f"{asked.name} has no place for the model's {tower.num_prefix_tokens} class or register tokens: its "
+            "__init__ has no num_prefix_tokens"
+        )
+    sizes: dict[str, Any] = {"dim": form.width, "num_heads": form.num_heads}
+    mixer = asked.kind(**sizes, **{name: entry for name, entry in given.items() if name in known})
+    start(mixer)
     return mixer
+
+
+def _relay(hosts: Sequence[ReplacedAttention], rotary: bool) -> None:
+    """Give each self-guided attention the map of the hybrid-scale one in the layer before."""
+    before: ReplacedAttention | None = None
+    for host in hosts:
+        if isinstance(host.mixer, SelfGuidedAttention):
+            if before is None or not isinstance(before.mixer, HybridScaleAttention):
+                raise UsageError(
+                    "self_guided merges tokens by the significance that a hybrid_scale attention in the layer before "
+                    'finds; give ["hybrid_scale", "self_guided"], which take turns'
+                )
+            if rotary:
+                raise UsageError(
+                    "self_guided merges tokens from all over the image, which have no rotary position together; use "
+                    "hybrid_scale alone in this model"
+                )
+            before.tells = host.hears = Significance()
+        before = host

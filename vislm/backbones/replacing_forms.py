@@ -7,9 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, normalize
 
 from vislm.attention.tokens import merge_heads, split_heads
+from vislm.backbones.replacing_beit import BeitForm
 from vislm.errors import UsageError
 
 
@@ -67,12 +68,13 @@ class TimmForm:
             return heads
         from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
-        prefix, patches = heads[:, :, : self.num_prefix_tokens], heads[:, :, self.num_prefix_tokens :]
-        if rope.shape[-2] != patches.shape[2]:
+        num_prefix = heads.shape[2] - rope.shape[-2]
+        if num_prefix not in (0, self.num_prefix_tokens):
             raise UsageError(
                 f"the model has rotary positions of {rope.shape[-2]} tokens, but the attention pads them to "
-                f"{patches.shape[2]}; choose a window that divides the grid"
+                f"{heads.shape[2] - self.num_prefix_tokens}; choose a window that divides the grid"
             )
+        prefix, patches = heads[:, :, :num_prefix], heads[:, :, num_prefix:]
         return torch.cat((prefix, apply_rot_embed_cat(patches, rope, half=self.rotates_halves)), dim=2)
 
 
@@ -83,6 +85,8 @@ class JointForm:
         self.num_heads = original.num_heads
         self.attn_drop = original.dropout if isinstance(original, nn.MultiheadAttention) else original.attn_drop.p
         self.width = original.out_proj.in_features
+        self.scaled_cosine = getattr(original, "scaled_cosine", False)
+        self.largest_scale = getattr(original, "logit_scale_max", 0.0)
 
     def project(self, host: Any, x: Tensor, rope: Tensor | None) -> Tensor:
         """See :meth:`Form.project`."""
@@ -90,8 +94,13 @@ class JointForm:
         if not hasattr(host, "ln_q"):
             return joint
         query, key, value = joint.chunk(3, dim=-1)
-        norms = ((query, host.ln_q), (key, host.ln_k))
-        return torch.cat([merge_heads(norm(split_heads(part, self.num_heads))) for part, norm in norms] + [value], -1)
+        query, key = (split_heads(part, self.num_heads) for part in (query, key))
+        if self.scaled_cosine:  # as queries of which the factor head_dim ** -0.5 leaves the scaled cosine
+            factor = host.logit_scale.clamp(max=self.largest_scale).exp() * query.shape[-1] ** 0.5
+            query, key = normalize(query, dim=-1) * factor, normalize(key, dim=-1)
+        else:
+            query, key = host.ln_q(query), host.ln_k(key)
+        return torch.cat((merge_heads(query), merge_heads(key), value), dim=-1)
 
     def finish(self, host: Any, attended: Tensor, x: Tensor) -> Tensor:
         """See :meth:`Form.finish`."""
@@ -106,6 +115,7 @@ FORMS: dict[str, Callable[[Any], Form]] = {
     "timm.layers.attention.Attention": TimmForm,
     "timm.layers.attention.AttentionRope": TimmForm,
     "timm.models.eva.EvaAttention": TimmForm,
+    "timm.models.beit.Attention": BeitForm,
     "torch.nn.modules.activation.MultiheadAttention": JointForm,
     "open_clip.transformer.Attention": JointForm,
 }
@@ -125,7 +135,10 @@ def form_of(original: nn.Module, path: str) -> Form:
         path: its name, for the error.
     """
     if class_name(original) not in FORMS:
-        raise UsageError(f"{path} is a {class_name(original)}, expected one of {', '.join(FORMS)}")
+        raise UsageError(
+            f"{path} is a {class_name(original)}, which computes more than a softmax of q k^T by heads; expected one "
+            f"of {', '.join(FORMS)}; choose layers without it"
+        )
     obstacle = _obstacle(original)
     if obstacle is not None:
         raise UsageError(f"{path} {obstacle}, which no other attention can take over")
@@ -137,10 +150,8 @@ def _obstacle(original: Any) -> str | None:
     if isinstance(original, nn.MultiheadAttention):
         if original.in_proj_weight is None or original.bias_k is not None or original.add_zero_attn:
             return "has keys or values of its own (kdim, vdim, bias_k or add_zero_attn)"
-    elif getattr(original, "scaled_cosine", False):
-        return "is scaled cosine attention"
-    elif hasattr(original, "head_dim") and hasattr(original, "proj"):
-        dims = original.proj.out_features, original.num_heads * original.head_dim
+    elif hasattr(original, "proj"):
+        dims = original.proj.out_features, original.proj.in_features
         if dims[0] != dims[1]:
             return f"has heads of {dims[1]} channels together for tokens of {dims[0]}"
     return None

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
-from vislm.attention.super_token import SuperTokenAttention
-from vislm.backbones.replacing_forms import Form
+from vislm.attention.large_kernel import LargeKernelAttention
+from vislm.attention.tokens import merge_heads, split_heads, to_map, to_tokens
+from vislm.backbones.replacing_adoption import adopt, coarse_grid
 from vislm.errors import UsageError
+from vislm.kernels import attend
+
+if TYPE_CHECKING:
+    from vislm.backbones.replacing_forms import Form
 
 
 class GridOfTokens:
@@ -22,22 +30,43 @@ class GridOfTokens:
         self.sizes = (int(output.shape[2]), int(output.shape[3]))
 
 
+class Significance:
+    """The map ``(B, N)`` that a hybrid-scale attention leaves for the self-guided one in the next layer."""
+
+    def __init__(self) -> None:
+        self.map: Tensor | None = None
+
+
 class ReplacedAttention(nn.Module):
     """An attention in place of another one, whose parameters it keeps under their names.
 
     Attributes:
         attention: name of the attention.
         mixer: the attention, without projections of its own; what it adds to the state dict.
+        tells: where a hybrid-scale attention leaves its map, None = nowhere.
+        hears: where a self-guided attention finds it.
     """
 
     def __init__(self, original: nn.Module, form: Form, attention: str, mixer: nn.Module, grid: GridOfTokens) -> None:
         super().__init__()
         self.attention, self.form, self.grid = attention, form, grid
+        self.tells: Significance | None = None
+        self.hears: Significance | None = None
         self._rope: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
         exchange(original, self)
         self.mixer = mixer
-        _plug(mixer, attention, self._projected)
+        self.num_prefix_tokens: int = getattr(mixer, "num_prefix_tokens", 0)
+        adopt(mixer, attention, self._projected)
         self.train(original.training)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Parameters of the original without a use here."""
+        if not isinstance(self.mixer, LargeKernelAttention) or self.num_prefix_tokens:
+            return ()
+        only = ("q_proj.", "k_proj.", "q_norm.", "k_norm.", "q_bias", "k_bias", "ln_q.", "ln_k.", "logit_scale")
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(only))
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -59,13 +88,41 @@ class ReplacedAttention(nn.Module):
             raise UsageError("the grid of patches is not known; call the whole model, not a block of it alone")
         self._rope = rope
         try:
-            attended = self.mixer(x, self.grid.sizes)
+            attended = self._attended(x, self.grid.sizes)
         finally:
-            self._rope = None
+            self._rope = self._last = None
         return self.form.finish(self, attended, x)
 
+    def _attended(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the merged heads ``(B, N, C)``."""
+        if self.hears is not None:
+            return self.mixer(x, grid, self.hears.map)
+        if self.tells is not None:
+            attended, self.tells.map = self.mixer(x, grid, significance=True)
+            return attended
+        attended = self.mixer(x, grid)
+        if not isinstance(self.mixer, LargeKernelAttention) or self.num_prefix_tokens == 0:
+            return attended
+        # A convolution does not reach prefix tokens: they go on reading from all tokens as before.
+        query, key, value = (split_heads(part, self.form.num_heads) for part in self._projected(x).chunk(3, dim=-1))
+        read = merge_heads(attend(query[:, :, : self.num_prefix_tokens], key, value))
+        return torch.cat((read, attended[:, self.num_prefix_tokens :]), dim=1)
+
     def _projected(self, x: Tensor) -> Tensor:
-        return self.form.project(self, x, self._rope)
+        """Return ``[q | k | v]`` of tokens ``(B, N, C)``; asked again for the same ones, the same."""
+        if self._last is None or self._last[0] is not x:
+            self._last = x, self.form.project(self, x, self._rope_of(x.shape[1]))
+        return self._last[1]
+
+    def _rope_of(self, tokens: int) -> Tensor | None:
+        """Return the rotary positions of so many tokens: those of averaged ones are the mean of their tokens'."""
+        assert self.grid.sizes is not None
+        coarse = coarse_grid(self.mixer, self.grid.sizes)
+        if self._rope is None or coarse is None or tokens >= self._rope.shape[-2]:
+            return self._rope
+        rope = self._rope.reshape(-1, *self._rope.shape[-2:])
+        pooled = to_tokens(adaptive_avg_pool2d(to_map(rope, self.grid.sizes), coarse))
+        return pooled.reshape(*self._rope.shape[:-2], math.prod(coarse), -1)
 
 
 class ReplacedMultihead(ReplacedAttention):
@@ -95,29 +152,3 @@ def exchange(source: nn.Module, target: nn.Module) -> None:
     for name, child in source._modules.items():
         if name != "mixer":
             target.add_module(name, child)
-
-
-def _plug(mixer: nn.Module, attention: str, project: Any) -> None:
-    """Let an attention project by a function, and leave its output projection to the host."""
-    owner: Any = mixer
-    if isinstance(mixer, SuperTokenAttention) and mixer.refine == "attention":
-        owner = mixer.stoken_refine
-        heads = mixer.num_heads
-        project = _ByHead(project, heads)
-    if not (hasattr(owner, "qkv") and hasattr(owner, "proj")):
-        raise UsageError(
-            f"{attention} with these options has no joint projection qkv that the weights of another attention fit"
-        )
-    del owner.qkv
-    owner.qkv = project  # no module: its parameters are the host's
-    owner.proj = nn.Identity()
-
-
-class _ByHead:
-    """A projection whose rows are grouped by head: ``[q_0 k_0 v_0 | q_1 k_1 v_1 | ..]``."""
-
-    def __init__(self, project: Any, num_heads: int) -> None:
-        self.project, self.num_heads = project, num_heads
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.project(x).unflatten(-1, (3, self.num_heads, -1)).transpose(2, 3).flatten(2)

@@ -17,10 +17,12 @@ class Tower:
         blocks: its layers.
         embedding: the convolution that makes a map of patches of the image.
         num_prefix_tokens: class and register tokens in front of the patches.
+        rotary: whether its queries and keys are rotated by their positions.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], embedding: nn.Module, num_prefix_tokens: int) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], embedding: nn.Module, num_prefix_tokens: int, rotary: bool) -> None:
         self.blocks, self.embedding, self.num_prefix_tokens = list(blocks), embedding, num_prefix_tokens
+        self.rotary = rotary
 
     def attention(self, layer: int) -> nn.Module:
         """Return a layer's attention; raise ``UsageError`` if it is not at ``.attn``."""
@@ -47,4 +49,10 @@ def tower_of(model: nn.Module) -> Tower:
             "transformer of timm (patch_embed.proj, blocks) or open_clip (conv1, transformer.resblocks)"
         )
     # A class token always stands in front in open_clip.
-    return Tower(list(blocks), embedding, cast(int, getattr(inner, "num_prefix_tokens", 1)))
+    if getattr(inner, "rel_pos_bias", None) is not None:
+        raise UsageError(
+            f"the layers of this {type(inner).__name__} share one table of relative positions (rel_pos_bias), which "
+            "has no place in some of them alone; expected a table per layer (use_rel_pos_bias), or none"
+        )
+    num_prefix_tokens = cast(int, getattr(inner, "num_prefix_tokens", 1))
+    return Tower(list(blocks), embedding, num_prefix_tokens, getattr(inner, "rope", None) is not None)

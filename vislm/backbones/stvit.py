@@ -13,6 +13,7 @@ from torch.nn.functional import gelu
 
 from vislm.attention.pointwise import Pointwise
 from vislm.attention.tokens import to_map, to_tokens
+from vislm.backbones.slices import by_rows
 
 
 class StvitStem(nn.Module):
@@ -57,8 +58,11 @@ class StvitMlp(nn.Module):
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Return ``(B, N, C)`` for the grid's tokens ``(B, N, C)``."""
-        hidden = gelu(self.fc1(x))
-        return self.fc2(hidden + to_tokens(self.dwconv(to_map(hidden, grid))))
+
+        def middle(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+            return hidden + to_tokens(self.dwconv(to_map(hidden, rows)))
+
+        return by_rows(x, grid, self.dwconv.out_channels, lambda part: gelu(self.fc1(part)), middle, self.fc2)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""

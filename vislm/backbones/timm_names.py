@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vislm.backbones.config import HaloNetConfig
+from vislm.backbones.config import HaloNetConfig, ViTConfig
 from vislm.backbones.factory import create_model
 from vislm.backbones.stems import STEMS
 from vislm.backbones.variants import Variant, list_models, variant
+from vislm.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +22,8 @@ def register_timm() -> dict[str, str]:
 
     They are the same, but where timm has a model of that name: then ours is ``vislm_<name>``.
     ``timm.list_models(module="timm_names")`` lists them. Weights come from a file:
-    ``timm.create_model("nat_tiny", checkpoint_path="model.safetensors")``.
+    ``timm.create_model("nat_tiny", checkpoint_path="model.safetensors")``. open_clip finds the names too
+    (``timm_model_name``). ``img_size`` changes nothing: images of any size fit.
     """
     if not _REGISTERED:
         import timm
@@ -61,10 +63,15 @@ def _entry(name: str, registered: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         from timm.models import build_model_with_cfg
 
+        config = variant(name).config
+
         def build(**fields: Any) -> nn.Module:
+            fields.pop("img_size", None)  # images of any size fit
+            if not isinstance(config, ViTConfig) and fields.pop("global_pool", None) not in (None, "avg"):
+                raise UsageError(f"{options['global_pool']=}, expected 'avg': {name} averages the tokens")
             return create_model(name, **fields)
 
-        stages = range(len(variant(name).config.stages))
+        stages = range(len(config.stages))
         features = {"feature_cls": "getter", "out_indices": tuple(stages)}
         return build_model_with_cfg(build, registered, pretrained, feature_cfg=features, **options)
 

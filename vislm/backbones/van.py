@@ -15,6 +15,7 @@ from vislm.attention.pointwise import Pointwise
 from vislm.attention.tokens import to_map, to_tokens
 from vislm.backbones.moh import OverlappingDownsampler, OverlappingStem
 from vislm.backbones.norms import BatchNorm
+from vislm.backbones.slices import by_rows
 
 
 class BatchNormStem(OverlappingStem):
@@ -45,7 +46,11 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         """Return ``(B, N, C)`` for the grid's tokens ``(B, N, C)``."""
-        return self.fc2(gelu(to_tokens(self.dwconv(to_map(self.fc1(x), grid)))))
+
+        def middle(hidden: Tensor, rows: Sequence[int]) -> Tensor:
+            return gelu(to_tokens(self.dwconv(to_map(hidden, rows))))
+
+        return by_rows(x, grid, self.dwconv.out_channels, self.fc1, middle, self.fc2)
 
     def macs(self, grid: Sequence[int]) -> int:
         """Return the multiply-adds of one image."""
