@@ -97,3 +97,27 @@ def test_a_method_can_be_the_option_of_a_method() -> None:
     assert registry.build("pruning", "restore:base=divprune,keep=16") == Restore(keep=16, base=DivPrune())
     with pytest.raises(UsageError, match="expected the name of a pruning method"):
         registry.build("pruning", "restore:base=divprun")
+
+
+def test_lists_of_numbers() -> None:
+    from vislm.token_pruning.pyramiddrop import PyramidDrop
+
+    assert registry.build("pruning", "pyramiddrop:ratios=0.6+0.3+0.1") == PyramidDrop(ratios=(0.6, 0.3, 0.1))
+    with pytest.raises(UsageError, match="numbers such as"):
+        registry.build("pruning", "pyramiddrop:ratios=a+b")
+
+
+def test_a_method_inside_a_method_in_yaml(tmp_path: Path) -> None:
+    from vislm.token_pruning.divprune import DivPrune
+    from vislm.token_pruning.staged import Staged
+
+    path = tmp_path / "staged.yaml"
+    path.write_text(
+        "method: staged\noptions:\n  keep: 16\n  tower: flowcut\n  selection:\n    method: divprune\n"
+        "    options: {newlines: false}\n"
+    )
+    expected = Staged(keep=16, tower=FlowCut(), selection=DivPrune(newlines=False))
+    assert registry.build("pruning", str(path)) == expected
+    path.write_text("method: staged\noptions: {towr: {method: flowcut}}\n")
+    with pytest.raises(UnknownName, match="tower"):
+        registry.build("pruning", str(path))

@@ -98,8 +98,24 @@ def _from_file(kind: str, path: Path) -> Intervention:
     chosen = content.get("options") or {}
     if not isinstance(chosen, dict):
         raise UsageError(f"{path}: options is {chosen!r}; expected a mapping")
-    pairs = (f"{k}={'+'.join(map(str, v)) if isinstance(v, list) else v}" for k, v in chosen.items())
-    return build(kind, f"{content['method']}:{','.join(pairs)}")
+    return _from_mapping(kind, content["method"], chosen)
+
+
+def _from_mapping(kind: str, name: str, chosen: dict[str, Any]) -> Intervention:
+    """Build a method from option -> value; a value {method: ..., options: ...} is a method of its own."""
+    nested: dict[str, Any] = {}
+    pairs = []
+    for key, value in chosen.items():
+        if isinstance(value, dict):
+            nested[key] = _from_mapping("pruning", str(value.get("method")), value.get("options") or {})
+        else:
+            pairs.append(f"{key}={'+'.join(map(str, value)) if isinstance(value, list) else value}")
+    built = build(kind, f"{name}:{','.join(pairs)}")
+    known = {f.name for f in dataclasses.fields(built)}  # pyright: ignore[reportArgumentType]
+    for key in nested:
+        if key not in known:
+            raise UnknownName(f"option of {name}", key, known)
+    return dataclasses.replace(built, **nested)  # pyright: ignore[reportArgumentType]
 
 
 def parse_value(text: str, hint: Any, where: str) -> Any:
@@ -125,6 +141,8 @@ def parse_value(text: str, hint: Any, where: str) -> Any:
             return text.lower() in ("true", "yes", "1")
     elif origin is tuple:
         try:
+            if arguments[0] is float:
+                return tuple(float(part) for part in text.split("+"))
             return tuple(n for part in text.split("+") for n in _range(part))
         except ValueError:
             pass
@@ -153,7 +171,7 @@ def _type_name(hint: Any) -> str:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join(_type_name(h) for h in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return "layers such as 1+18-31"
+        return "numbers such as 0.5+0.25" if typing.get_args(hint)[0] is float else "layers such as 1+18-31"
     if getattr(hint, "__name__", "") == "Intervention":
         return "the name of a pruning method"
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
