@@ -12,7 +12,7 @@ from vislm.errors import UnknownName, UsageError
 
 def test_methods_are_found_by_their_modules() -> None:
     assert set(registry.names("pruning")) >= {"divprune", "fastv", "flowcut", "random", "restore", "uniform"}
-    assert registry.names("heads") == ["vhr"]
+    assert set(registry.names("heads")) >= {"vhr"}
     for kind in registry.AREAS:
         for name in registry.names(kind):
             assert registry.method(kind, name)().name == name

@@ -14,10 +14,10 @@ from vislm import registry
 from vislm.errors import UsageError
 from vislm.lmm.adapters.llava import Grid
 from vislm.lmm.attention import AttentionCall
-from vislm.token_pruning import _vflowopt_map as maps
-from vislm.token_pruning._vflowopt_recycling import cell_numbers, keep_highest, recycle, stage_counts
-from vislm.token_pruning._vflowopt_schedule import Retention, solve_retention, stage_lengths
 from vislm.token_pruning.vflowopt import VFlowOpt
+from vislm.token_pruning.vflowopt import map as maps
+from vislm.token_pruning.vflowopt.recycling import cell_numbers, keep_highest, recycle, stage_counts
+from vislm.token_pruning.vflowopt.schedule import Retention, solve_retention, stage_lengths
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "token_pruning" / "vflowopt"
 RELEASED = {"50": 0.5008, "25": 0.2507, "10": 0.1000}

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from vislm.cli import ask, bench, data, demo, evaluate, listing, suggest_window, train, verify, visualize
+from vislm.cli import (
+    ask,
+    bench,
+    data,
+    demo,
+    evaluate,
+    explain_prune,
+    listing,
+    suggest_window,
+    train,
+    tune_pruning,
+    verify,
+    visualize,
+)
 from vislm.errors import UsageError, VislmError
 
 # typer brings its own click from some release on; its errors' common base is reached through a public one
@@ -31,6 +44,8 @@ app.add_typer(data.app, name="data")
 app.command("train-tiny")(train.train_tiny)
 app.add_typer(bench.app, name="bench")
 app.command("suggest-window")(suggest_window.suggest_window)
+app.command("explain-prune")(explain_prune.explain_prune)
+app.command("tune-pruning")(tune_pruning.tune_pruning)
 app.command("demo")(demo.demo)
 
 
