@@ -132,7 +132,7 @@ def _joined(texts: Iterable[str]) -> str:
 def _describe_model(name: str) -> Iterator[str]:
     from vislm.backbones import list_models
     from vislm.errors import UnknownName
-    from vislm.lmm.cost import DecoderShape, TowerShape
+    from vislm.lmm.cost import DecoderShape
     from vislm.lmm.loading import EMBEDDED
     from vislm.lmm.model import load_lmm
 
@@ -141,16 +141,17 @@ def _describe_model(name: str) -> Iterator[str]:
         raise UnknownName("name", name, [*EMBEDDED, *methods, *list_models()])
 
     lmm = load_lmm(name)
-    adapter, config = lmm.adapter, lmm.model.config
-    decoder, tower = DecoderShape.of(config.text_config), TowerShape.of(config, adapter.tower_prefix)
+    adapter = lmm.adapter
+    decoder, tower = DecoderShape.of(adapter.text_config), adapter.tower_shape
     size = sum(p.numel() for p in lmm.model.parameters())
-    rows, columns = adapter.patch_grid
-    tokens = [tower.patches] * decoder.layers
+    grid = "any size" if adapter.patch_grid is None else "{} x {}".format(*adapter.patch_grid)
     yield f"{name}: {adapter.family}, {size:,} parameters"
-    yield f"  vision tower: {tower.layers} layers x {tower.width}, patch grid {rows} x {columns}"
+    yield f"  vision tower: {tower.layers} layers x {tower.width}, patch grid {grid}"
     yield f"  language model: {decoder.layers} layers x {decoder.width}, {decoder.heads} heads of {decoder.head_dim}"
-    yield f"  tower: {tower.flops(None) / 1e9:.3f} GFLOPs an image"
-    yield f"  prefill of an image's tokens: {decoder.prefill_flops(tokens) / 1e9:.3f} GFLOPs"
-    yield f"  key-value cache of an image's tokens: {decoder.kv_bytes(tokens, 2):,} bytes in 16 bit"
+    if tower.patches is not None:
+        tokens = [tower.patches // tower.cell] * decoder.layers
+        yield f"  tower: {tower.flops(None) / 1e9:.3f} GFLOPs a crop"
+        yield f"  prefill of a crop's tokens: {decoder.prefill_flops(tokens) / 1e9:.3f} GFLOPs"
+        yield f"  key-value cache of a crop's tokens: {decoder.kv_bytes(tokens, 2):,} bytes in 16 bit"
     for key, value in lmm.fingerprint().items():
         yield f"  {key}: {value}"

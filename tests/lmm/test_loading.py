@@ -62,9 +62,19 @@ def test_an_empty_folder_and_broken_json_are_refused(tmp_path, folder) -> None:
 
 def test_a_family_without_adapter_is_refused(folder) -> None:
     config = json.loads((folder / "config.json").read_text())
-    config["model_type"] = "idefics3"
+    config["model_type"] = "paligemma"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises((CheckpointError, UsageError)):
+    with pytest.raises(UsageError, match="no adapter for the family 'paligemma'"):
+        load_lmm(folder)
+
+
+def test_missing_weights_are_refused(folder) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "q_proj" in name)
+    save_file({n: w for n, w in weights.items() if n != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the model's weights, such as .*q_proj"):
         load_lmm(folder)
 
 

@@ -42,7 +42,7 @@ def test_conflicts_name_both_owners() -> None:
     assert hook_count(model) == hook_count(models.llava())
 
 
-@pytest.mark.parametrize("keep", [0, -3, 1.5, 0.0, True, PATCHES + 1, "many"])
+@pytest.mark.parametrize("keep", [0, -3, 1.5, 0.0, True, "many"])
 @pytest.mark.parametrize("method", [RandomPruning, FlowCut, FastV])
 def test_impossible_budgets_are_refused(method, keep) -> None:
     with pytest.raises(UsageError, match="keep="), attach(models.llava(), method(keep=keep)):
@@ -116,3 +116,14 @@ def test_a_failed_call_does_not_spoil_the_next_one_inside_the_context() -> None:
             model.generate(input_ids=models.prompt(7, tokens=3), pixel_values=inputs["pixel_values"], **GENERATE)
         again = torch.stack(model.generate(**inputs, **GENERATE).logits)
     assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("method", [RandomPruning, FlowCut, FastV])
+def test_a_budget_above_the_image_keeps_it_all(method) -> None:
+    from running import generate, one_image
+
+    model, inputs = models.llava(), one_image("llava")
+    plain, _, _ = generate(model, inputs)
+    kept, _, run = generate(model, inputs, method(keep=PATCHES + 1))
+    assert run.visual_tokens_kept == [PATCHES]
+    assert torch.equal(plain, kept)

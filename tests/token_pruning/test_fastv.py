@@ -59,7 +59,7 @@ def test_images_of_different_sizes_have_their_own_average() -> None:
     assert [n - 6 for n in run.layer_tokens] == [72, 72, 27, 27, 27]
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 17}, {"keep": 6, "average": True}], ids=str)
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep": 6, "average": True}], ids=str)
 def test_impossible_budgets(options) -> None:
     with pytest.raises(UsageError), attach(models.llava(), FastV(**options)):
         pass

@@ -175,7 +175,6 @@ def test_drop_one_drops_at_least_one() -> None:
     "options",
     [
         {"keep": 0},
-        {"keep": 17},
         {"recycle": 1.5},
         {"per_cluster": 0},
         {"counts": (5, 0, 1)},

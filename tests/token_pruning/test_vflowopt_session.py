@@ -182,7 +182,6 @@ def test_the_official_layer_without_mask() -> None:
         ({"layers": (3, 2)}, "expected two of 0..4"),
         ({"layer": 6}, "layers 0..5"),
         ({"keep": 0.2, "R1": 0.9}, "R3 would be"),
-        ({"keep": 17}, "more than the 16"),
     ],
 )
 def test_impossible_options(options, message) -> None:

@@ -16,10 +16,20 @@ def list_names(
             help="models, families, backbones, attentions, pruning, heads, benchmarks or backends; nothing lists all."
         ),
     ] = "all",
+    families: Annotated[
+        bool, typer.Option("--families", help="Show which method runs on which model family, and why not where not.")
+    ] = False,
 ) -> None:
     """List what the package offers."""
     from vislm.catalog import SECTIONS
     from vislm.errors import UnknownName
+
+    if families:
+        from vislm.support import support_lines
+
+        for line in support_lines():
+            typer.echo(line)
+        return
 
     if kind != "all" and kind not in SECTIONS:
         raise UnknownName("kind", kind, [*SECTIONS, "all"])

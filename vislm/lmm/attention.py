@@ -49,6 +49,34 @@ class AttentionCall:
             self.query, self.key, self.value, request=request, pattern=self.pattern(), bias=bias, scale=self.scale
         )
 
+    def logits(self, rows: Tensor, heads: list[int] | None = None) -> Tensor:
+        """Return q . k scale (B, H', R, Nk) of the rows (R,) in float32, before masking; ``heads`` None: all."""
+        query = self.query[:, :, rows].float() * self.scale
+        share = query.shape[1] // self.key.shape[1]
+        key = self.key.float()
+        if heads is not None:
+            return query[:, heads] @ key[:, [h // share for h in heads]].transpose(2, 3)
+        return (query.unflatten(1, (-1, share)) @ key.unsqueeze(2).transpose(3, 4)).flatten(1, 2)
+
+    def allowed(self, rows: Tensor) -> Tensor:
+        """Return (B or 1, 1, R, Nk) bool: the keys that each row may attend to."""
+        keys = self.key.shape[2]
+        if self.mask is not None:
+            chosen = self.mask[:, :1, rows]
+            return chosen if chosen.dtype == torch.bool else chosen > torch.finfo(chosen.dtype).min / 2
+        columns = torch.arange(keys, device=rows.device)
+        last = rows + (keys - self.query.shape[2]) if self.is_causal else torch.full_like(rows, keys)
+        return (columns <= last[:, None])[None, None]
+
+    def mix(self, weights: Tensor, heads: list[int] | None = None) -> Tensor:
+        """Return weights (B, H', R, Nk) times the values, (B, R, H', d), in float32."""
+        share = self.query.shape[1] // self.value.shape[1]
+        value = self.value.float()
+        if heads is not None:
+            return (weights.float() @ value[:, [h // share for h in heads]]).transpose(1, 2)
+        mixed = weights.float().unflatten(1, (-1, share)) @ value.unsqueeze(2)
+        return mixed.flatten(1, 2).transpose(1, 2)
+
     def rows(self, queries: Tensor) -> Tensor:
         """Return the softmaxed attention rows (B, H, R, Nk) of the chosen queries (R,), in float32."""
         rows = self.statistics(kernels.StatisticsRequest(rows=queries)).rows

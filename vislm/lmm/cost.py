@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vislm.errors import UsageError
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -27,7 +29,13 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
-        """Read the sizes from a transformers text configuration."""
+        """Read the sizes from a transformers text configuration.
+
+        Raises:
+            UsageError: a mixture of experts, whose cost depends on the routing.
+        """
+        if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+            raise UsageError(f"{config.model_type} is a mixture of experts, which the cost model does not count")
         heads = config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
@@ -65,16 +73,23 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class TowerShape:
-    """Sizes of a ViT tower and its projector."""
+    """Sizes of a ViT tower and its projector (or merger)."""
 
     layers: int
     width: int
     mlp_width: int
-    patches: int
+    patches: int | None
+    """Patches of one image or crop; None where the image decides."""
     prefix: int
     patch_values: int
-    """Numbers in one patch: channels x patch height x patch width."""
+    """Numbers in one patch: channels x frames x patch height x patch width."""
     projector_width: int
+    mlp_matrices: int = 2
+    """3 for a gated MLP, 2 for a plain one."""
+    cell: int = 1
+    """Patches that the projector joins into one token."""
+    projector_weights: int | None = None
+    """Weights that the projector multiplies for one token; None: LLaVA's two layers."""
 
     @classmethod
     def of(cls, config: Any, prefix: int) -> TowerShape:
@@ -91,10 +106,37 @@ class TowerShape:
         )
 
     def flops(self, tokens: Sequence[int] | None, projected: int | None = None) -> int:
-        """Return the FLOPs of one image; ``tokens[l]`` patches enter layer l, ``projected`` reach the projector."""
+        """Return the FLOPs of one image of fixed size.
+
+        Args:
+            tokens: patches that enter each layer; None: all in every layer.
+            projected: patches that reach the projector; None: all.
+        """
+        assert self.patches is not None
         tokens = tokens or [self.patches] * self.layers
+        reached = self.patches if projected is None else projected
+        return self.batch_flops([[n + self.prefix] for n in tokens], self.patches, reached // self.cell)
+
+    def batch_flops(
+        self, segments: Sequence[Sequence[int]], patches: int, projected: int, mlp_tokens: Sequence[int] | None = None
+    ) -> int:
+        """Return the FLOPs of one call of the tower and its projector.
+
+        Args:
+            segments: for each layer the tokens that attend to each other, one number per crop, frame or window.
+            patches: of all images together, as they are embedded.
+            projected: tokens that the projector produces.
+            mlp_tokens: for each layer the tokens that run through its MLP; None: those that attend.
+        """
+        c = self.width
+        total = 2 * patches * self.patch_values * c
+        tokens = [sum(layer) for layer in segments]
+        for layer, attending, fed in zip(segments, tokens, mlp_tokens or tokens, strict=True):
+            total += 8 * c * c * attending + 4 * c * sum(n * n for n in layer)
+            total += 2 * self.mlp_matrices * c * self.mlp_width * fed
+        return total + self.projector_flops(projected)
+
+    def projector_flops(self, tokens: int) -> int:
+        """Return the FLOPs of making ``tokens`` tokens out of the tower's features."""
         c, d = self.width, self.projector_width
-        total = 2 * self.patches * self.patch_values * c
-        for n in (t + self.prefix for t in tokens):
-            total += 8 * n * c * c + 4 * n * n * c + 4 * n * c * self.mlp_width
-        return total + 2 * (self.patches if projected is None else projected) * (c * d + d * d)
+        return 2 * tokens * (c * d + d * d if self.projector_weights is None else self.projector_weights)

@@ -12,6 +12,7 @@ from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.attention import AttentionCall
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import Kept, LanguageSelection, LanguageStage, LanguageView
+from vislm.lmm.positions import gather_positions, renumber, shifted, text_row
 from vislm.lmm.prompt import refuse_static_cache
 from vislm.lmm.state import PromptMap, SessionState, first_layer_keys
 from vislm.lmm.tokens import compact, gather_rows
@@ -34,9 +35,9 @@ class Segment:
     size: Tensor | None = None
     """(B, n) original tokens that a column stands for; None: one each."""
     positions: Tensor | None = None
-    """(B, n) new position ids, with contiguous positions; None keeps the original ones."""
+    """(B, n) or (4, B, n) new position ids, with contiguous positions; None keeps the original ones."""
     shift: Tensor | None = None
-    """(B, 1) how much smaller they are than the original ones."""
+    """(B, 1) or (4, B, 1): how much smaller they are than the original ones."""
 
     def prefill_mask(self, mask: Tensor | None) -> Tensor | None:
         """Return the mask (B, 1, n, n) of this segment's prefill from that of the whole prompt (B, 1, P, P)."""
@@ -145,8 +146,8 @@ class DecoderPart:
                 arguments.get("attention_mask"), first_layer_keys(arguments["past_key_values"])
             )
             if segment.shift is not None:
-                positions = arguments["position_ids"] - segment.shift
-                arguments["position_ids"] = positions
+                positions = shifted(self._all_positions(arguments["position_ids"]), segment.shift)
+                arguments["position_ids"] = text_row(positions)
                 arguments["position_embeddings"] = shared.adapter.rotary(hidden, positions)
         arguments.pop("hidden_states")
         return (hidden,), arguments
@@ -159,7 +160,9 @@ class DecoderPart:
         assert prompt is not None
         current = previous or _whole(prompt)
         if stage.signal_layer == number:
-            self.signal[number] = stage.signal(self._own_projections(layer, arguments, previous))
+            with shared.scoring():
+                call = self._own_projections(layer, arguments, previous)
+            self.signal[number] = stage.signal(call)
         real = self._real_columns(previous)
         view = LanguageView(
             signal=self.signal.pop(number, None),
@@ -170,6 +173,8 @@ class DecoderPart:
             columns=current.index,
             token_of=current.token_of,
             visual_tokens=shared.run.visual_tokens,
+            rotary=self._rotary(arguments, previous),
+            size=torch.ones_like(current.index, dtype=torch.float32) if current.size is None else current.size,
         )
         chosen = stage.select(view)
         selection = chosen if isinstance(chosen, LanguageSelection) else LanguageSelection(chosen)
@@ -188,12 +193,7 @@ class DecoderPart:
     def _own_projections(self, layer: nn.Module, arguments: dict[str, Any], segment: Segment | None) -> AttentionCall:
         """Return the attention that this layer would compute for the last row, on the columns alive."""
         hidden = arguments["hidden_states"]
-        cos, sin = arguments["position_embeddings"]
-        if segment is not None:
-            if segment.positions is not None:
-                cos, sin = self.shared.adapter.rotary(hidden, segment.positions)
-            else:
-                cos, sin = gather_rows(cos, segment.index), gather_rows(sin, segment.index)
+        cos, sin = self._rotary(arguments, segment)
         mask = arguments.get("attention_mask")
         if segment is not None:
             mask = segment.prefill_mask(mask)
@@ -201,6 +201,15 @@ class DecoderPart:
         attention = layer.get_submodule("self_attn")
         scale = float(getattr(attention, "scaling", query.shape[-1] ** -0.5))
         return AttentionCall(query, key, key, None if mask is None else mask[:, :, -1:], False, scale)
+
+    def _rotary(self, arguments: dict[str, Any], segment: Segment | None) -> tuple[Tensor, Tensor]:
+        """Return the rotary (cos, sin) of the columns alive."""
+        cos, sin = arguments["position_embeddings"]
+        if segment is None:
+            return cos, sin
+        if segment.positions is not None:
+            return self.shared.adapter.rotary(arguments["hidden_states"], segment.positions)
+        return gather_rows(cos, segment.index), gather_rows(sin, segment.index)
 
     def _real_columns(self, segment: Segment | None) -> Tensor:
         """Return (B, n) bool: False on padding, be it the caller's or ours."""
@@ -212,20 +221,29 @@ class DecoderPart:
         real = gather_rows(real, segment.index)
         return real if segment.valid is None else real & segment.valid
 
-    def _renumber(self, segment: Segment, position_ids: Tensor) -> None:
-        original = gather_rows(position_ids.expand(segment.index.shape[0], -1), segment.index)
-        segment.positions = (self._real_columns(segment).cumsum(-1) - 1).clamp(min=0)
-        segment.shift = original[:, -1:] - segment.positions[:, -1:]
+    def _renumber(self, segment: Segment, position_ids: Tensor | None) -> None:
+        prompt, positions = self.shared.prompt, self._all_positions(position_ids)
+        assert prompt is not None
+        real = self._real_columns(segment)
+        segment.positions, segment.shift = renumber(positions, segment.index, real, prompt.image_of)
+
+    def _all_positions(self, position_ids: Tensor | None) -> Tensor:
+        """Return the positions of a forward, with all rows of M-RoPE, of which layers are told the text's at most."""
+        positions = self.shared.positions
+        if positions is None or positions.dim() == 2:
+            positions = position_ids
+        assert positions is not None
+        return positions
 
     def _positions(self, arguments: dict[str, Any], segment: Segment, hidden: Tensor) -> None:
         if segment.positions is not None:
-            arguments["position_ids"] = segment.positions
+            arguments["position_ids"] = text_row(segment.positions)
             arguments["position_embeddings"] = self.shared.adapter.rotary(hidden, segment.positions)
             return
         cos, sin = arguments["position_embeddings"]
         arguments["position_embeddings"] = (gather_rows(cos, segment.index), gather_rows(sin, segment.index))
         positions = arguments["position_ids"]
-        arguments["position_ids"] = gather_rows(positions.expand(hidden.shape[0], -1), segment.index)
+        arguments["position_ids"] = None if positions is None else gather_positions(positions, segment.index)
 
 
 def project_last_query(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

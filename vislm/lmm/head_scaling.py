@@ -38,7 +38,7 @@ class HeadPart:
         self.text = None
         if self.needs_text and input_ids is not None:
             adapter = self.shared.adapter
-            self.text = TextStream(adapter, input_ids, mask, adapter.image_token_id)
+            self.text = TextStream(adapter, input_ids, mask)
 
     def apply(self, number: int, call: AttentionCall, out: Tensor) -> Tensor:
         """Return the scaled output of decoder layer ``number``."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -17,13 +18,18 @@ class Hooks:
     """Adds forward hooks and watched attentions, and removes exactly those."""
 
     def __init__(self) -> None:
+        self.paused = False
         self._handles: list[RemovableHandle] = []
         self._watched: list[nn.Module] = []
-        self._wrapped: list[tuple[nn.Module, str]] = []
+        self._wrapped: list[tuple[nn.Module, str, Any]] = []
 
     def before(self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict[str, Any]], Any]) -> None:
         """Call ``hook(module, args, kwargs)`` before the module's forward; it may return new ``(args, kwargs)``."""
-        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+        def unless_paused(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            return None if self.paused else hook(module, args, kwargs)
+
+        self._handles.append(module.register_forward_pre_hook(unless_paused, with_kwargs=True))
 
     def after(
         self, module: nn.Module, hook: Callable[[nn.Module, tuple, dict[str, Any], Any], Any], always: bool = False
@@ -32,27 +38,45 @@ class Hooks:
 
         With ``always`` also when the forward raised (output None).
         """
-        self._handles.append(module.register_forward_hook(hook, with_kwargs=True, always_call=always))
+
+        def unless_paused(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            return None if self.paused else hook(module, args, kwargs, output)
+
+        self._handles.append(module.register_forward_hook(unless_paused, with_kwargs=True, always_call=always))
 
     def watch(self, module: nn.Module, site: Site) -> None:
         """Hand every attention call of ``module`` to ``site``."""
-        watch(module, site)
+        watch(module, lambda call, out: out if self.paused else site(call, out))
         self._watched.append(module)
 
     def bias(self, module: nn.Module, source: LogitBias) -> None:
         """Add what ``source`` returns to the logits of every attention of ``module``."""
-        bias(module, source)
+        bias(module, lambda queries, keys: None if self.paused else source(queries, keys))
         self._watched.append(module)
 
     def wrap(self, owner: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Let ``around(method, *args, **kwargs)`` answer calls of one object's method.
 
-        For methods that are no ``forward``, where torch has no hook. The class is not touched, and ``remove`` uncovers
-        the method again.
+        For methods that are no ``forward``, where torch has no hook: ``get_image_features`` is called by ``generate``
+        before the model's forward, and what it was called with is said nowhere else. The answer is an attribute of the
+        one object; the class is not touched, and ``remove`` leaves the object's attributes as they were.
         """
         method = getattr(owner, name)
-        owner.__dict__[name] = functools.update_wrapper(functools.partial(around, method), method)
-        self._wrapped.append((owner, name))
+
+        def unless_paused(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs) if self.paused else around(method, *args, **kwargs)
+
+        self._wrapped.append((owner, name, vars(owner).get(name)))
+        vars(owner)[name] = functools.update_wrapper(unless_paused, method)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Let the model run as if nothing were installed, while the context is open."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     def remove(self) -> None:
         """Remove all of them."""
@@ -60,8 +84,10 @@ class Hooks:
             handle.remove()
         for module in self._watched:
             unwatch(module)
-        for owner, name in self._wrapped:
-            owner.__dict__.pop(name, None)
+        for owner, name, before in reversed(self._wrapped):
+            del vars(owner)[name]
+            if before is not None:
+                vars(owner)[name] = before
         self._handles.clear()
         self._watched.clear()
         self._wrapped.clear()

@@ -11,17 +11,50 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from vislm.kernels.matching import Matching
 from vislm.lmm.attention import AttentionCall
-from vislm.lmm.tokens import top_per_image
+from vislm.lmm.tokens import token_count, top_per_image
 
 if TYPE_CHECKING:
     from vislm.lmm.adapters import Adapter
+    from vislm.lmm.adapters.base import Grid
+    from vislm.lmm.key_groups import KeyGroups
 
 Positions = Literal["original", "contiguous"]
 """Position ids of the tokens that stay: as in the full prompt, or numbered anew without gaps."""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """What one image has left when a stage begins, for counting ahead of any run (``expected``)."""
+
+    tokens: int
+    """In the tower: patches of one crop. Behind it: visual tokens, separators included."""
+    total: int
+    """In the tower: patches of the full crop. Behind it: tokens of the full image."""
+    first: int = 0
+    """Inside the language model: ``tokens`` at the method's first stage there."""
+    crops: tuple[int, ...] = ()
+    """At a prompt stage: tokens alive of each crop (or frame); separators belong to none."""
+    grids: tuple[Grid, ...] = ()
+    """At a prompt stage of a full image: the rectangles that its tokens form."""
+
+    @property
+    def candidates(self) -> int:
+        """Tokens that are no separators."""
+        return sum(self.crops)
+
+    def after(self, keep: int | float) -> int:
+        """Return what is left when ``keep`` candidates stay; separators go with the first that does not."""
+        count = token_count(keep, self.candidates)
+        return self.tokens if count == self.candidates else count
+
+
+Expected = Callable[[Alive], int]
+"""Returns how many tokens a stage will leave."""
 
 
 @dataclass
@@ -50,6 +83,10 @@ class TowerStage:
     kept: Callable[[dict[str, Any], Tensor], None] = lambda memory, index: None
     """Called with the memory and the gathered local indices (B, n) so that per-token state can follow."""
     positions: Positions = "contiguous"
+    expected: Expected | None = None
+    """How many tokens will be left, where that can be said without the image; see ``assumes``."""
+    assumes: str | None = None
+    """What ``expected`` takes for granted where the number depends on the image; None: it is exact."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +101,10 @@ class TowerMergeStage:
     prop_attn: bool = True
     """From the next layer on a key that stands for s tokens counts s times."""
     positions: Positions = "contiguous"
+    expected: Expected | None = None
+    """How many tokens will be left, where that can be said without the image; see ``assumes``."""
+    assumes: str | None = None
+    """What ``expected`` takes for granted where the number depends on the image; None: it is exact."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +153,8 @@ class ImageView:
     """``project(features)``: (m, Cv) -> (m, C), the model's projector. None where ``tower.features`` is."""
     text_ids: Tensor | None = None
     """(t,) the prompt's ids without visual placeholders and padding."""
+    span: tuple[int, int, int] | None = None
+    """Token grid (frames, rows, columns), for ``adapter.grids(features, span)``; None where the features tell it."""
     question: str | None = None
     """The question in plain text, where it is known: from ``lmm.ask``, or set as ``session.questions``."""
 
@@ -141,6 +184,10 @@ class PromptStage:
     tower: Mapping[str, TowerSignal] = field(default_factory=dict)
     """Signals wanted from the tower. Give any (or ``needs_tower``) to get ``ImageView.tower``."""
     needs_tower: bool = False
+    expected: Expected | None = None
+    """How many tokens will be left, where that can be said without the image; see ``assumes``."""
+    assumes: str | None = None
+    """What ``expected`` takes for granted where the number depends on the image; None: it is exact."""
 
 
 @dataclass
@@ -162,6 +209,10 @@ class LanguageView:
     """(B, S) int64: index of a visual column in its image's full token sequence, -1 for text and padding."""
     visual_tokens: list[int]
     """Visual tokens of every image in the full prompt."""
+    rotary: tuple[Tensor, Tensor]
+    """(cos, sin), each (B or 1, S, d), of the columns' positions."""
+    size: Tensor
+    """(B, S) float32: how many original tokens each column stands for."""
 
     def top_per_image(self, scores: Tensor, keep: int | float) -> Tensor:
         """Return keep (B, S) bool: all text, and of each image the ``keep`` columns with the highest scores (B, S)."""
@@ -192,6 +243,10 @@ class LanguageStage:
     select: Callable[[LanguageView], Tensor | LanguageSelection]
     """Returns keep (B, S) bool, or a selection with new contents."""
     positions: Positions = "original"
+    expected: Expected | None = None
+    """How many tokens will be left, where that can be said without the image; see ``assumes``."""
+    assumes: str | None = None
+    """What ``expected`` takes for granted where the number depends on the image; None: it is exact."""
 
 
 @dataclass
@@ -224,6 +279,142 @@ class BiasStage:
 
 
 @dataclass
+class PrepareView:
+    """One decoder attention of the prefill, before its rows are edited."""
+
+    layer: int
+    call: AttentionCall
+    """The whole call; ``call.statistics`` and ``call.rows`` give what is needed of it without the matrix."""
+    keys: KeyGroups
+    memory: dict[str, Any]
+    hidden: Tensor | None
+    """(B, n, C) hidden states that entered the layer, before its norm; None unless the stage ``needs_hidden``."""
+
+
+@dataclass
+class EditView:
+    """R rows of one decoder attention that are about to be edited. K keys, H' heads (those listed, or all)."""
+
+    layer: int
+    phase: Literal["prefill", "decode"]
+    logits: Tensor
+    """(B, H', R, K) float32: q . k / sqrt(d), with what bias stages add, before masking."""
+    allowed: Tensor
+    """(B or 1, 1, R, K) bool: keys that the row may attend to."""
+    keys: KeyGroups
+    rows: Tensor
+    """(R,) indices of the rows among this forward's queries."""
+    row_mask: Tensor
+    """(B, R) bool: rows whose edit counts; others keep the output that they have."""
+    has_image: Tensor
+    """(B,) bool."""
+    memory: dict[str, Any]
+
+    def softmax(self, logits: Tensor | None = None) -> Tensor:
+        """Return the weights (B, H', R, K) of the logits (this view's own by default) over the allowed keys."""
+        chosen = self.logits if logits is None else logits
+        return chosen.masked_fill(~self.allowed, -torch.inf).softmax(-1)
+
+
+@dataclass(frozen=True)
+class EditStage:
+    """Give some rows of attention other weights, in some decoder layers, at the prefill and every later step."""
+
+    layers: frozenset[int]
+    edit: Callable[[EditView], Tensor | None]
+    """Returns weights (B, H', R, K), which need not sum to 1, or None to leave the rows alone."""
+    rows: Literal["last", "after_image", "all"] = "last"
+    """Rows of the prefill: the last one, those behind the last visual token, or all. Each decode row is edited."""
+    heads: Callable[[int], Sequence[int]] | None = None
+    """Heads of a layer that are edited; None: all."""
+    prepare: Callable[[PrepareView], None] | None = None
+    """Called in each layer of the prefill before its rows are edited."""
+    needs_hidden: bool = False
+    every_sample: bool = False
+    """Samples without an image are edited too."""
+    draft: int = 0
+    """More than 0: ``generate`` first writes so many tokens of a greedy draft, and this stage acts there only. The
+    method's other edits wait for the real answer; they find what its draft left in ``memory``, and as
+    ``memory["draft_tokens"]`` (B,) how many tokens each sample's draft has."""
+
+
+@dataclass(frozen=True)
+class ProbeStage:
+    """Look at every image's tokens and at the vision tower, and drop nothing."""
+
+    see: Callable[[ImageView], None]
+    tower: Mapping[str, TowerSignal] = field(default_factory=dict)
+    needs_tower: bool = False
+    all_tokens: bool = False
+    """The method speaks of single image tokens later: with a method that drops or merges any, the plan is refused."""
+
+
+@dataclass
+class LogitsView:
+    """The next-token logits of one step."""
+
+    logits: Tensor
+    """(B, V) float32 of the last row."""
+    contrast: Tensor | None
+    """(B, V) float32 of the contrast stream; None unless the stage has one and a sample has an image."""
+    early: dict[int, Tensor]
+    """Decoder layer -> (B, V) float32: what enters it in the last row (0: the embedding), through the final norm and
+    the output embedding."""
+    phase: Literal["prefill", "decode"]
+    has_image: Tensor
+    """(B,) bool."""
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LogitsStage:
+    """Change the next-token logits, at every step, whatever the decoding strategy. Several act one after the other."""
+
+    adjust: Callable[[LogitsView], Tensor]
+    """Returns new logits (B, V)."""
+    contrast: Literal["none", "text_only", "pixels"] = "none"
+    """Run the model beside itself with a cache of its own and without any intervention: on the prompt without its
+    images, or on the whole prompt with changed pixels."""
+    pixels: Callable[[Tensor, dict[str, Any]], Tensor] | None = None
+    """``pixels(values, memory)``: the contrast stream's normalised pixels, same shape. Called for every crop (C, H, W),
+    or for every image (n, C, T, P, P) where the processor cuts images into n patches of T frames."""
+    early_layers: tuple[int, ...] = ()
+    every_sample: bool = False
+    """Samples without an image are changed too."""
+
+
+@dataclass
+class SearchView:
+    """One step of a beam search over one sample. R beams, t tokens generated so far and read by the model."""
+
+    logits: Tensor
+    """(R, V) float32 of the next token."""
+    tokens: Tensor
+    """(R, t)."""
+    state: dict[str, Tensor]
+    """The method's own, (R, ...) each: follows the beams when they are reordered, and goes back with them."""
+    look: Callable[[Tensor], None]
+    """Runs the model on one more token per beam (R,) and takes it back; other stages of the method see that forward
+    and may leave in ``memory`` what they saw."""
+    memory: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SearchStage:
+    """Decode by a beam search that judges its candidates and can go back. ``generate`` uses it as its strategy."""
+
+    judge: Callable[[SearchView], Tensor]
+    """Returns new logits (R, V)."""
+    read: Callable[[SearchView], None]
+    """Called after the model has read the beams' newest tokens, to bring ``state`` up to date."""
+    go_back: Callable[[SearchView], int | None]
+    """Called after ``read``: how many tokens stay, fewer than t; the tokens that were chosen there are then forbidden.
+    None goes on."""
+    num_beams: int = 5
+    """Used unless the caller of ``generate`` says otherwise."""
+
+
+@dataclass
 class HeadView:
     """What a head stage decides from, in decoder layer ``layer``."""
 
@@ -249,7 +440,18 @@ class HeadStage:
     """Run the prompt without image tokens beside the real one; "both" scales that stream's heads as well."""
 
 
-Stage = TowerStage | TowerMergeStage | PromptStage | LanguageStage | BiasStage | HeadStage
+Stage = (
+    TowerStage
+    | TowerMergeStage
+    | ProbeStage
+    | PromptStage
+    | LanguageStage
+    | BiasStage
+    | EditStage
+    | HeadStage
+    | LogitsStage
+    | SearchStage
+)
 
 
 @runtime_checkable

@@ -33,12 +33,21 @@ def load_pretrained(
     try:
         if local:
             transformers.logging.disable_progress_bar()  # nothing is downloaded; loading takes a moment
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=precision, use_safetensors=True, attn_implementation="sdpa", local_files_only=local
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=precision,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            local_files_only=local,
+            output_loading_info=True,
         )
         processor = AutoProcessor.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load {name!r}: {error}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random numbers
+        raise CheckpointError(f"{name!r} lacks {len(missing)} of the model's weights, such as {missing[0]}")
     model = model.to(device).eval()  # pyright: ignore[reportArgumentType]
     return model, processor, {"model": name, "weights": weights}
 
@@ -66,6 +75,8 @@ def _check_folder(folder: Path) -> str:
             f"{folder} is a text-only checkpoint (model_type {config.get('model_type')!r}, no vision_config); vislm "
             f"needs an image-text model of a family in {sorted(FAMILIES)}"
         )
+    if config.get("model_type") not in FAMILIES:
+        raise UsageError(f"no adapter for the family {config.get('model_type')!r}; available: {sorted(FAMILIES)}")
     tensors = sorted(folder.glob("*.safetensors"))
     if not tensors:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))

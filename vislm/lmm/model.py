@@ -107,6 +107,10 @@ class LMM:
             raise UsageError(f"{len(images)} images for {len(questions)} questions; give one image entry per question")
         if isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens={max_new_tokens!r}: expected a whole number >= 1")
+        if len(questions) > 1 and self._session is not None and self._session.one_at_a_time:
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "candidates": candidates, **generation}
+            pairs = zip(images, questions, strict=True)
+            return [self.ask_many([image], [question], **options)[0] for image, question in pairs]
         started = time.perf_counter()
         inputs = self.prepare(images, questions)
         with contextlib.ExitStack() as stack:
@@ -145,7 +149,9 @@ class LMM:
         """Return the model's inputs (input_ids, attention_mask, pixel_values, ...), padded on the left."""
         lists = [_as_list(entry) for entry in images]
         prompts = [self.prompt(question, len(entry)) for entry, question in zip(lists, questions, strict=True)]
-        pictures = [load_image(image) for entry in lists for image in entry]
+        pictures: list[Any] = [[load_image(image) for image in entry] for entry in lists]
+        if not self.adapter.nested_images or not any(pictures):
+            pictures = [picture for entry in pictures for picture in entry]
         inputs = self.processor(images=pictures or None, text=prompts, padding=True, return_tensors="pt")
         inputs.pop("token_type_ids", None)
         dtype = self.model.dtype
@@ -160,7 +166,7 @@ class LMM:
             content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
             message = [{"role": "user", "content": content}]
             return self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        placeholders = "\n".join([self.processor.image_token] * images)
+        placeholders = "\n".join([self.adapter.placeholder.format(self.processor.image_token)] * images)
         return self.adapter.default_prompt.format(images=placeholders, question=question).replace("  ", " ")
 
     def fingerprint(self) -> dict[str, Any]:
@@ -187,7 +193,7 @@ class LMM:
         return sorted(known)
 
     def _tokens_per_sample(self, inputs: dict[str, Tensor], run: Run) -> tuple[list[int], list[int]]:
-        before = (inputs["input_ids"] == self.adapter.image_token_id).sum(-1).tolist()
+        before = self.adapter.is_visual(inputs["input_ids"]).sum(-1).tolist()
         kept, total = run.visual_tokens_kept, run.visual_tokens
         after, image = [], 0
         beams = run.batch // len(before)

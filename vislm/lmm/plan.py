@@ -10,11 +10,15 @@ from vislm.lmm.adapters import Adapter
 from vislm.lmm.calibration import calibration_stage
 from vislm.lmm.interventions import (
     BiasStage,
+    EditStage,
     HeadStage,
     Intervention,
     LanguageStage,
+    LogitsStage,
     Positions,
+    ProbeStage,
     PromptStage,
+    SearchStage,
     TowerMergeStage,
     TowerStage,
 )
@@ -29,11 +33,16 @@ class Plan:
     """Vision layer -> stage after it."""
     tower_merges: dict[int, tuple[int, TowerMergeStage]] = field(default_factory=dict)
     """Vision layer -> stage within it."""
-    prompt: list[tuple[int, PromptStage]] = field(default_factory=list)
+    prompt: list[tuple[int, PromptStage | ProbeStage]] = field(default_factory=list)
+    """At most one that drops or merges, behind those that only look."""
     language: dict[int, tuple[int, LanguageStage]] = field(default_factory=dict)
     """Decoder layer -> stage before it."""
     biases: list[tuple[int, BiasStage]] = field(default_factory=list)
+    edits: list[tuple[int, EditStage]] = field(default_factory=list)
     heads: list[tuple[int, HeadStage]] = field(default_factory=list)
+    logits: list[tuple[int, LogitsStage]] = field(default_factory=list)
+    search: list[tuple[int, SearchStage]] = field(default_factory=list)
+    """At most one."""
     positions: Positions = "original"
     """Positions of the tokens that survive until the language model."""
 
@@ -45,7 +54,7 @@ class Plan:
     @property
     def watches_language(self) -> bool:
         """Whether decoder attention must be seen."""
-        return bool(self.language or self.heads or self.biases)
+        return bool(self.language or self.heads or self.biases or self.edits)
 
 
 def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Plan:
@@ -81,12 +90,23 @@ def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Pla
         )
     for positions in wanted:
         plan.positions = positions
-    _check_tower_signals(plan)
+    _check_tower_signals(plan, adapter)
     return plan
 
 
-def _check_tower_signals(plan: Plan) -> None:
+def _check_tower_signals(plan: Plan, adapter: Adapter) -> None:
     """Raise ``PlanConflict`` when one method wants to see the whole tower and another one thins it."""
+    for _, stage in plan.prompt:
+        for signal in stage.tower.values():
+            adapter.check_tower_signal(signal.layer)
+    everything = [o for o, s in plan.prompt if isinstance(s, ProbeStage) and s.all_tokens]
+    droppers = [o for o, s in (*plan.prompt, *plan.language.values()) if not isinstance(s, ProbeStage)]
+    droppers += [o for o, _ in (*plan.tower.values(), *plan.tower_merges.values())]
+    if everything and droppers:
+        raise PlanConflict(
+            f"{plan.interventions[everything[0]].name} speaks of single image tokens, which "
+            f"{plan.interventions[droppers[0]].name} may have pruned away"
+        )
     watchers = [o for o, s in plan.prompt if s.tower or s.needs_tower]
     thinners = [o for o, _ in (*plan.tower.values(), *plan.tower_merges.values())]
     if watchers and thinners:
@@ -99,10 +119,17 @@ def _check_tower_signals(plan: Plan) -> None:
 def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
     name = plan.interventions[owner].name
     depth = len(adapter.layers)
+    if isinstance(stage, (TowerStage, TowerMergeStage)) and adapter.tower_conflict:
+        raise PlanConflict(f"{name} cannot act inside the vision tower: {adapter.tower_conflict}")
     if isinstance(stage, TowerStage):
         _claim(plan, plan.tower, stage.after_layer, owner, stage, "the vision tower after layer")
         _check_one_thins_the_tower(plan)
     elif isinstance(stage, TowerMergeStage):
+        if adapter.packed_tower:
+            raise PlanConflict(
+                f"{name} merges patches of a rectangular batch, but the tower of {adapter.family} runs all images as "
+                "one sequence; drop whole cells instead (flowcut)"
+            )
         if stage.layer > adapter.read_layer:
             raise PlanConflict(
                 f"{name} merges in vision layer {stage.layer}, but the language model reads layer {adapter.read_layer}"
@@ -110,9 +137,12 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
         _claim(plan, plan.tower_merges, stage.layer, owner, stage, "the vision tower in layer")
         _check_one_thins_the_tower(plan)
     elif isinstance(stage, PromptStage):
-        if plan.prompt:
-            raise PlanConflict(f"{plan.interventions[plan.prompt[0][0]].name} and {name} both prune the prompt")
+        first = next((o for o, s in plan.prompt if isinstance(s, PromptStage)), None)
+        if first is not None:
+            raise PlanConflict(f"{plan.interventions[first].name} and {name} both prune the prompt")
         plan.prompt.append((owner, stage))
+    elif isinstance(stage, ProbeStage):
+        plan.prompt.insert(0, (owner, stage))
     elif isinstance(stage, LanguageStage):
         signal = stage.before_layer if stage.signal_layer is None else stage.signal_layer
         if not 0 <= signal <= stage.before_layer < depth:
@@ -120,16 +150,45 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
                 f"{name} prunes before decoder layer {stage.before_layer} with a signal of layer {stage.signal_layer}; "
                 f"the model has layers 0..{depth - 1}, and the signal must come from an earlier one or the same"
             )
+        if stage.before_layer < adapter.deepstack:
+            raise PlanConflict(
+                f"{name} prunes before decoder layer {stage.before_layer}, but {adapter.family} adds "
+                f"{adapter.deepstack} deepstack tensors of the full prompt behind layers 0..{adapter.deepstack - 1}; "
+                f"prune before layer {adapter.deepstack} or a later one"
+            )
+        if "sliding_attention" in (getattr(adapter.text_config, "layer_types", None) or ()):
+            raise PlanConflict(
+                f"{name} prunes inside a language model with sliding windows, which count keys that are left; prune "
+                "before the language model instead"
+            )
         early = signal < stage.before_layer
         if early and any(s.signal_layer == signal < s.before_layer for _, s in plan.language.values()):
             raise PlanConflict(f"two stages take their signal from decoder layer {signal}")
         _claim(plan, plan.language, stage.before_layer, owner, stage, "the language model before layer")
     elif isinstance(stage, BiasStage):
         plan.biases.append((owner, stage))
+    elif isinstance(stage, EditStage):
+        _check_layers(name, "edits attention", stage.layers, depth)
+        for other, first in plan.edits:
+            shared = sorted(n for n in stage.layers & first.layers if _heads_meet(stage, first, n))
+            if other != owner and shared:
+                raise PlanConflict(
+                    f"{plan.interventions[other].name} and {name} both edit the attention of decoder layers {shared}; "
+                    "give them different layers"
+                )
+        plan.edits.append((owner, stage))
+    elif isinstance(stage, LogitsStage):
+        _check_layers(name, "reads", frozenset(stage.early_layers), depth)
+        if any(s.contrast != "none" for _, s in plan.logits) and stage.contrast != "none":
+            first = next(o for o, s in plan.logits if s.contrast != "none")
+            raise PlanConflict(f"{plan.interventions[first].name} and {name} both run a contrast stream")
+        plan.logits.append((owner, stage))
+    elif isinstance(stage, SearchStage):
+        if plan.search:
+            raise PlanConflict(f"{plan.interventions[plan.search[0][0]].name} and {name} are both decoding strategies")
+        plan.search.append((owner, stage))
     elif isinstance(stage, HeadStage):
-        outside = sorted(n for n in stage.layers if not 0 <= n < depth)
-        if outside:
-            raise PlanConflict(f"{name} scales heads of decoder layers {outside}; the model has layers 0..{depth - 1}")
+        _check_layers(name, "scales heads", stage.layers, depth)
         modes = {s.text_only for _, s in plan.heads if s.text_only != "no"} | {stage.text_only} - {"no"}
         if len(modes) > 1:
             raise PlanConflict(f"{name} and another method need different text-only streams: {sorted(modes)}")
@@ -142,6 +201,18 @@ def _check_one_thins_the_tower(plan: Plan) -> None:
     owners = {o for o, _ in (*plan.tower.values(), *plan.tower_merges.values())}
     if len(owners) > 1:
         raise PlanConflict(f"{' and '.join(plan.interventions[o].name for o in sorted(owners))} both prune the tower")
+
+
+def _check_layers(name: str, what: str, layers: frozenset[int], depth: int) -> None:
+    outside = sorted(n for n in layers if not 0 <= n < depth)
+    if outside:
+        raise PlanConflict(f"{name} {what} of decoder layers {outside}; the model has layers 0..{depth - 1}")
+
+
+def _heads_meet(one: EditStage, other: EditStage, layer: int) -> bool:
+    if one.heads is None or other.heads is None:
+        return True
+    return bool(set(one.heads(layer)) & set(other.heads(layer)))
 
 
 def _claim(plan: Plan, places: dict, place: int, owner: int, stage: object, where: str) -> None:

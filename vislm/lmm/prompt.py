@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from vislm.errors import UsageError
-from vislm.lmm.interventions import ImageView, Kept, Positions, PromptStage, Selection
-from vislm.lmm.positions import gather_positions, next_positions, renumber, shifted, text_row
+from vislm.lmm.interventions import ImageView, Kept, Positions, ProbeStage, PromptStage, Selection
+from vislm.lmm.positions import gather_positions, next_positions, renumber, shifted
 from vislm.lmm.state import PromptMap, SessionState
 from vislm.lmm.tokens import compact, gather_rows, index_in_images
-from vislm.lmm.tower_record import TowerRecorder
+from vislm.lmm.tower_merge import with_tower_merges
+from vislm.lmm.tower_record import SESSION, TowerRecorder
 from vislm.lmm.visuals import Origin, Visuals
 
 
@@ -26,11 +27,17 @@ class PromptPart:
     """
 
     def __init__(
-        self, shared: SessionState, stages: list[tuple[int, PromptStage]], drops: bool, positions: Positions
+        self,
+        shared: SessionState,
+        stages: list[tuple[int, PromptStage | ProbeStage]],
+        drops: bool,
+        positions: Positions,
+        tower_merges: bool = False,
     ) -> None:
         self.shared, self.stages, self.drops, self.positions = shared, stages, drops, positions
-        wanted = {name: signal for _, stage in stages for name, signal in stage.tower.items()}
-        asked = bool(wanted) or any(stage.needs_tower for _, stage in stages)
+        wanted = {(owner, name): signal for owner, stage in stages for name, signal in stage.tower.items()}
+        asked = bool(wanted) or tower_merges or any(stage.needs_tower for _, stage in stages)
+        self.tower_merges = tower_merges
         self.recorder = TowerRecorder(shared, wanted) if asked else None
         self._origins: list[Origin] = []
 
@@ -43,20 +50,23 @@ class PromptPart:
         visuals = Visuals.read(self.shared.adapter, ids, kwargs.get("mm_encoder_outputs"))
         features, is_image, image_of = visuals.features, visuals.is_visual, visuals.image_of
         self._describe(visuals)
-        self._place(kwargs)
         token_of = index_in_images(image_of)
         has_image, visual = is_image.any(-1), is_image.sum(-1)
         index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        whole = PromptMap(ids.shape[1], index, None, image_of, has_image, token_of, visual)
+        whole.next_position = self._place(kwargs)
         if not self.drops or features is None:
-            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of, visual)
+            return whole
 
         text = ~is_image if mask is None else ~is_image & mask.bool()
         chosen = [self._select(n, f, image_of, ids, text) for n, f in enumerate(features)]
+        if self.tower_merges:
+            chosen = [self._count_merged(n, f, c) for n, (f, c) in enumerate(zip(features, chosen, strict=True))]
         self.shared.run.keep_stage(_kept(chosen))
         keep = torch.ones_like(is_image)
         keep[is_image] = torch.cat([c.keep for c in chosen]).to(keep.device)
         if bool(keep.all()) and all(c.features is None for c in chosen):
-            return PromptMap(ids.shape[1], index, None, image_of, has_image, token_of, visual)
+            return whole
         refuse_static_cache(kwargs.get("past_key_values"))
         if mask is not None:
             keep &= mask.cumsum(-1) > 0  # the caller's left padding goes first; what is still needed comes back
@@ -82,13 +92,19 @@ class PromptPart:
         run.features = visuals.features
         run.spans = [spans[o.modality][o.entries[0]] if len(o.entries) == 1 else None for o in self._origins]
 
-    def _place(self, kwargs: dict[str, Any]) -> None:
-        """Give a prompt of M-RoPE its positions: later nobody can tell them from a shorter one."""
+    def _place(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """Give a prompt of M-RoPE its positions, which nobody can tell from a shorter one; return those of the next."""
         adapter, ids, mask = self.shared.adapter, kwargs["input_ids"], kwargs.get("attention_mask")
-        if adapter.grid_positions and kwargs.get("position_ids") is None and (mask is None or mask.dim() == 2):
-            positions = adapter.positions(kwargs, torch.ones_like(ids) if mask is None else mask)
-            if positions.dim() == 3:
-                kwargs["position_ids"] = positions
+        if not adapter.grid_positions or (mask is not None and mask.dim() != 2):
+            return None
+        mask = torch.ones_like(ids) if mask is None else mask
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = adapter.positions(kwargs, mask)
+        if positions.dim() == 2:
+            return None
+        kwargs["position_ids"] = positions
+        return next_positions(positions, mask)
 
     def _select(self, number: int, features: Tensor, image_of: Tensor, ids: Tensor, text: Tensor) -> Selection:
         dropped = features.isnan().all(-1)  # the tower's verdict
@@ -99,19 +115,32 @@ class PromptPart:
         sample = int((image_of == number).any(-1).nonzero()[0])
         for owner, stage in self.stages:
             view = ImageView(features, candidates, sample, number, self.shared.run.memory[owner])
+            view.span = self.shared.run.spans[number]
             view.text_ids = ids[sample][text[sample]]
             if self.shared.questions:
                 if len(ids) % len(self.shared.questions):  # beams repeat the samples
                     raise UsageError(f"{len(self.shared.questions)} questions were given for {len(ids)} prompts")
                 view.question = self.shared.questions[sample * len(self.shared.questions) // len(ids)]
             if self.recorder is not None:
-                self.recorder.show(view, self._origins[number])
+                self.recorder.show(view, owner, self._origins[number])
+            if isinstance(stage, ProbeStage):
+                stage.see(view)
+                continue
             chosen = stage.select(view)
             if isinstance(chosen, Selection):
                 return _checked(chosen, features, dropped)
             if not bool(chosen[candidates].all()):
                 keep = chosen & candidates
         return Selection(keep)
+
+    def _count_merged(self, number: int, features: Tensor, chosen: Selection) -> Selection:
+        """Add what the tower has merged, if it encoded this image in the session."""
+        origin = self._origins[number]
+        if self.recorder is None or origin.modality not in self.shared.encodings:
+            return chosen
+        view = ImageView(features, ~features.isnan().all(-1), 0, number, {})
+        self.recorder.show(view, SESSION, origin)
+        return with_tower_merges(chosen, view)
 
     def _shorten(self, kwargs: dict[str, Any], prompt: PromptMap, mask: Tensor | None, image_of: Tensor) -> None:
         index = prompt.index
@@ -138,15 +167,17 @@ class PromptPart:
 
     def decode(self, kwargs: dict[str, Any], prompt: PromptMap, cached: int) -> None:
         """Translate the kwargs of a later forward with ``cached`` keys in the first layer, in place."""
-        if prompt.untouched:
-            return
         ids = kwargs.get("input_ids")
         new = ids.shape[1] if ids is not None else kwargs["inputs_embeds"].shape[1]
+        if prompt.untouched:
+            if kwargs.get("position_ids") is None and prompt.next_position is not None:
+                kwargs["position_ids"] = prompt.following(cached, new)
+            return
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is not None and mask.dim() == 2:
             seen = mask.shape[-1]
         else:  # no padding, so the text's positions count columns
-            counted = text_row(positions)
+            counted = None if positions is None else self.shared.adapter.counted(positions)
             seen = cached + prompt.removed + new if counted is None else int(counted.max()) + 1
         if seen != cached + prompt.removed + new or (kwargs.get("mm_encoder_outputs") or {}):
             raise UsageError(
@@ -161,9 +192,7 @@ class PromptPart:
         if prompt.valid is not None and mask is not None:
             kwargs["attention_mask"][:, : prompt.index.shape[1]] *= prompt.valid
         if positions is None:
-            assert prompt.next_position is not None
-            done = cached + prompt.removed - prompt.length
-            positions = prompt.next_position + torch.arange(done, done + new, device=prompt.index.device)
+            positions = prompt.following(cached, new)
         kwargs["position_ids"] = positions if prompt.shift is None else shifted(positions, prompt.shift)
 
 

@@ -17,19 +17,24 @@ from vislm.lmm import attention
 from vislm.lmm.adapters import Adapter, adapter_for
 from vislm.lmm.adapters.base import PIXELS
 from vislm.lmm.attention import AttentionCall
+from vislm.lmm.beam_search import SearchPart
 from vislm.lmm.cost import DecoderShape
 from vislm.lmm.decoder import DecoderPart
+from vislm.lmm.edits import EditPart
 from vislm.lmm.head_scaling import HeadPart
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import Intervention
 from vislm.lmm.logit_bias import BiasPart
+from vislm.lmm.logit_mixing import LogitsPart
+from vislm.lmm.packed_tower import PackedState, PackedTowerPart
 from vislm.lmm.plan import Plan, compile_plan
 from vislm.lmm.prompt import PromptPart
 from vislm.lmm.run import Run, clock
+from vislm.lmm.scoring import timed_plan
 from vislm.lmm.state import SessionState, valid_columns
-from vislm.lmm.tower import TowerPart, TowerState
+from vislm.lmm.tower import TowerPart, TowerState, mix_survivors
+from vislm.lmm.tower_cost import tower_flops
 from vislm.lmm.tower_merge import MergeState, TowerMergePart
-from vislm.lmm.tower_record import TowerRecorder
 from vislm.lmm.visuals import Encoding
 
 
@@ -38,23 +43,37 @@ class Session:
 
     def __init__(self, adapter: Adapter, interventions: Sequence[Intervention]) -> None:
         self.adapter = adapter
-        self.plan: Plan = compile_plan(interventions, adapter)
         self._state = SessionState(adapter)
-        self._started = self._tower_started = 0.0
+        self.plan: Plan = timed_plan(compile_plan(interventions, adapter), self._state)
+        self._started = 0.0
+        self._new_columns = 0
         self._hooks = Hooks()
         self._implementations: dict[str, str] = {}
-        self._prompt = PromptPart(self._state, self.plan.prompt, self.plan.drops_before_language, self.plan.positions)
+        self._prompt = PromptPart(
+            self._state,
+            self.plan.prompt,
+            self.plan.drops_before_language,
+            self.plan.positions,
+            tower_merges=bool(self.plan.tower_merges),
+        )
         self._tower = self._tower_part()
         self._decoder = DecoderPart(self._state, self.plan.language) if self.plan.language else None
         self._biases = BiasPart(self._state, self.plan.biases, self._decoder) if self.plan.biases else None
+        self._edits = EditPart(self._state, self.plan.edits, self._decoder) if self.plan.edits else None
         self._heads = HeadPart(self._state, self.plan.heads) if self.plan.heads else None
+        self._logits = LogitsPart(self._state, self.plan.logits, self._hooks.pause) if self.plan.logits else None
+        self._search = SearchPart(self._state, *self.plan.search[0]) if self.plan.search else None
         self._decoder_shape = DecoderShape.of(adapter.text_config)
-        self._tower_shape = adapter.tower_shape
 
     @property
     def last_run(self) -> Run | None:
         """What the last call did; None before the first."""
         return self._state.last_run
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether a decoding strategy is in force that takes one sample per call of ``generate``."""
+        return self._search is not None
 
     @property
     def questions(self) -> list[str] | None:
@@ -65,14 +84,17 @@ class Session:
     def questions(self, questions: Sequence[str] | None) -> None:
         self._state.questions = None if questions is None else list(questions)
 
-    def _tower_part(self) -> TowerPart | TowerMergePart | None:
+    def _tower_part(self) -> TowerPart | PackedTowerPart | TowerMergePart | None:
         if self.plan.tower_merges:
-            recorder = self._prompt.recorder = self._prompt.recorder or TowerRecorder(self._state, {})
-            return TowerMergePart(self._state, self.plan.tower_merges, recorder)
+            assert self._prompt.recorder is not None
+            return TowerMergePart(self._state, self.plan.tower_merges, self._prompt.recorder)
+        if self.plan.tower and self.adapter.packed_tower:
+            stages = {layer: stage for layer, (_, stage) in self.plan.tower.items()}
+            return PackedTowerPart(self.adapter.tower, stages, self.adapter.cell)
         return TowerPart(self._state, self.plan.tower) if self.plan.tower else None
 
     @property
-    def tower_state(self) -> TowerState | MergeState | None:
+    def tower_state(self) -> TowerState | PackedState | MergeState | None:
         """Which patches the tower has kept in its last encoding; None if no method prunes it."""
         return self._tower.state if self._tower else None
 
@@ -81,10 +103,11 @@ class Session:
         """Add the hooks and select vislm's attention function where attention must be seen."""
         try:
             self._select_attention()
-            self._hooks.before(self.adapter.tower, self._before_tower)
             self._hooks.after(self.adapter.tower, self._after_tower)
             if self._tower:
                 self._tower.install(self._hooks)
+                for name in self.adapter.mixers:
+                    self._hooks.wrap(self.adapter.inner, name, mix_survivors)
             if self._prompt.recorder:
                 self._prompt.recorder.install(self._hooks)
             for modality in self.adapter.visual_ids:
@@ -96,6 +119,12 @@ class Session:
                 self._decoder.install(self._hooks)
             if self._biases:
                 self._biases.install(self._hooks)
+            if self._edits:
+                self._edits.install(self._hooks)
+            if self._logits:
+                self._logits.install(self._hooks)
+            if self._search:
+                self._search.install(self._hooks)
             if self.plan.watches_language:
                 for number, module in enumerate(self.adapter.attentions):
                     self._hooks.watch(module, lambda call, out, n=number: self._attention(n, call, out))
@@ -109,6 +138,8 @@ class Session:
         if self._implementations:
             self.adapter.model.set_attn_implementation(self._implementations)
             self._implementations = {}
+        if self._logits:
+            self._logits.stop()
         self._state.clear()
 
     def _select_attention(self) -> None:
@@ -135,28 +166,28 @@ class Session:
             state.pending = Run()
             state.encodings.clear()
         state.encoding = modality
+        started = clock(self.adapter.model.device)
         try:
             output = encode(*args, **kwargs)
         finally:
             state.encoding = None
+        state.run.seconds["tower"] += clock(self.adapter.model.device) - started
         arguments = named_arguments(self.adapter.inner, args, kwargs, f"get_{modality}_features")
         pooled = output if hasattr(output, "pooler_output") else SimpleNamespace(pooler_output=output[1])
         state.encodings[modality] = Encoding(arguments, self.adapter.entry_lengths(pooled))
         return output
 
-    def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._tower_started = clock(self.adapter.model.device)
-
     def _after_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        elapsed = clock(self.adapter.model.device) - self._tower_started
-        self._state.run.seconds["tower"] += elapsed
-        if self._state.phase is not None:
-            self._started += elapsed  # the tower ran inside the model's forward; prefill does not include it
+        run = self._state.run
+        spent, flops = tower_flops(self.adapter, named_arguments(module, args, kwargs), self.tower_state), run.flops
+        run.flops = flops | {kind: flops.get(kind, 0) + count for kind, count in spent.items()}
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
         kwargs = named_arguments(module, args, kwargs)
         cache = kwargs.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
+        if self._logits:
+            self._logits.start(kwargs, cached)
         if cached == 0:
             self._begin_prefill(kwargs, cache)
         else:
@@ -171,7 +202,8 @@ class Session:
     def _begin_prefill(self, kwargs: dict[str, Any], cache: Any) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         mask = valid_columns(mask, 0 if ids is None else ids.shape[1])
-        if self.plan.watches_language and mask is not None and not bool(mask[:, -1].all()):
+        looks = self.plan.watches_language or self.plan.logits
+        if looks and mask is not None and not bool(mask[:, -1].all()):
             raise UsageError("signals are taken at the last column: pad prompts on the left (padding_side='left')")
         if self._decoder:
             self._decoder.start(cache)
@@ -181,8 +213,11 @@ class Session:
             self._state.pending = Run()
             self._state.encodings.clear()
         self._state.phase, self._state.prompt = "prefill", None
+        started, before = clock(self.adapter.model.device), self._state.run.seconds["tower"]
         self._state.prompt = self._prompt.prefill(kwargs)
         run = self._state.last_run = self._state.run
+        encoding = run.seconds["tower"] - before
+        run.seconds["prompt"] = clock(self.adapter.model.device) - started - encoding
         self._state.pending = None
         self._state.positions = kwargs.get("position_ids")
         self._state.prompt_mask = kwargs.get("attention_mask")
@@ -194,21 +229,29 @@ class Session:
             run.visual_tokens = numbers.bincount().tolist()
         if self.tower_state:
             run.tower_tokens = self.tower_state.lengths
+            run.tower_steps = self.tower_state.steps if isinstance(self.tower_state, TowerState) else []
 
     def _after_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         run, phase, self._state.phase = self._state.last_run, self._state.phase, None
         if run is None or phase is None or output is None:
             return
         run.seconds[phase] += clock(self.adapter.model.device) - self._started
+        if self._logits:
+            self._logits.finish(phase, output)
         if phase == "prefill":
             self._state.encodings.clear()
             run.layer_tokens = self._columns()
+            self._new_columns = 0
             self._count(run)
         else:
             run.new_tokens += 1
+            self._new_columns += _columns_of(kwargs)
         layers = getattr(getattr(output, "past_key_values", None), "layers", [])
         filled = [layer for layer in layers if getattr(layer, "keys", None) is not None]
         run.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+        if filled:
+            context = [n + self._new_columns for n in run.layer_tokens]
+            run.kv_bytes_expected = run.batch * self._decoder_shape.kv_bytes(context, filled[0].keys.element_size())
 
     def _columns(self) -> list[int]:
         """Return how many prompt columns each decoder layer has processed."""
@@ -218,23 +261,31 @@ class Session:
         return [prompt.index.shape[1] if s is None else s.index.shape[1] for s in segments]
 
     def _count(self, run: Run) -> None:
-        images = len(run.visual_tokens)
         full = [run.prompt_tokens] * len(self.adapter.layers)
-        projected = run.tower_tokens[-1] if run.tower_tokens else None
         beside = self._decoder_shape.layer_flops(self._heads.text_tokens) if self._heads else 0
         run.flops = {
-            "tower": images * self._tower_shape.flops(run.tower_tokens, projected),
+            "tower": 0,
+            "full_tower": 0,
+            **run.flops,
             "prefill": run.batch * (self._decoder_shape.prefill_flops(run.layer_tokens) + beside),
-            "full_tower": images * self._tower_shape.flops(None),
             "full_prefill": run.batch * self._decoder_shape.prefill_flops(full),
         }
 
     def _attention(self, number: int, call: AttentionCall, out: Tensor) -> Tensor:
         if self._state.phase is None:
             return out
-        if self._decoder and self._state.phase == "prefill" and not (self._heads and self._heads.in_text_stream):
-            self._decoder.observe(number, call)
+        if not (self._heads and self._heads.in_text_stream):
+            if self._decoder and self._state.phase == "prefill":
+                self._decoder.observe(number, call)
+            if self._edits:
+                out = self._edits.apply(number, call, out)
         return self._heads.apply(number, call, out) if self._heads else out
+
+
+def _columns_of(kwargs: dict[str, Any]) -> int:
+    """Return how many columns a forward adds to the cache."""
+    ids = kwargs.get("input_ids")
+    return (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
 
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Session]] = weakref.WeakKeyDictionary()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +48,12 @@ class PromptMap:
         """Columns by which every row became shorter."""
         return self.length - self.index.shape[1]
 
+    def following(self, cached: int, new: int) -> Tensor:
+        """Return the caller's positions (..., B, new) of columns that follow ``cached`` ones of the short prompt."""
+        assert self.next_position is not None
+        done = cached + self.removed - self.length
+        return self.next_position + torch.arange(done, done + new, device=self.index.device)
+
 
 @dataclass
 class SessionState:
@@ -75,6 +84,16 @@ class SessionState:
         if run is None:
             run = self.pending = Run()
         return run
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Add the time of the context to the run's "scoring", which is known on the CPU only (see ``Run.seconds``)."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.adapter.model.device.type == "cpu":
+                self.run.seconds["scoring"] += time.perf_counter() - started
 
     def clear(self) -> None:
         """Forget everything but the last run's record."""

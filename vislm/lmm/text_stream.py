@@ -19,8 +19,8 @@ class TextStream:
     both streams can go on with its effect.
     """
 
-    def __init__(self, adapter: Adapter, input_ids: Tensor, mask: Tensor | None, image_token_id: int) -> None:
-        keep = input_ids != image_token_id
+    def __init__(self, adapter: Adapter, input_ids: Tensor, mask: Tensor | None) -> None:
+        keep = ~adapter.is_visual(input_ids)
         if mask is not None:
             keep = keep & mask.bool()
         index, valid = compact(keep, pad="left")

@@ -59,16 +59,17 @@ def token_count(keep: int | float, total: int) -> int:
     return min(keep, total)
 
 
-def check_keep(keep: int | float, total: int | None = None) -> None:
-    """Raise ``UsageError`` unless ``keep`` is a number of tokens >= 1 (<= total, if known) or a ratio in (0, 1]."""
+def check_keep(keep: int | float) -> None:
+    """Raise ``UsageError`` unless ``keep`` is a number of tokens >= 1 or a ratio in (0, 1].
+
+    A budget above an image's tokens is no error: it keeps them all.
+    """
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise UsageError(f"keep={keep!r}: expected a number of visual tokens such as 64, or a ratio such as 0.25")
     if isinstance(keep, float) and not 0.0 < keep <= 1.0:
         raise UsageError(f"keep={keep}: a ratio must lie in (0, 1]; give an integer for a number of tokens")
     if isinstance(keep, int) and keep < 1:
         raise UsageError(f"keep={keep}: at least one visual token must stay")
-    if isinstance(keep, int) and total is not None and keep > total:
-        raise UsageError(f"keep={keep} is more than the {total} visual tokens of an image; use keep={total} or fewer")
 
 
 def index_in_images(image_of: Tensor) -> Tensor:
@@ -100,12 +101,25 @@ def number_images(is_image: Tensor, lengths: list[int] | None) -> Tensor:
         starts = is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]
         numbers = starts.flatten().cumsum(0).view_as(image_of) - 1
         return torch.where(is_image, numbers, image_of)
+    check_lengths(is_image, lengths)
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    image_of[is_image] = numbers.to(image_of.device)
+    return image_of
+
+
+def check_lengths(is_image: Tensor, lengths: list[int]) -> None:
+    """Raise ``UsageError`` unless images with so many visual tokens fill the placeholders is_image (B, S)."""
     total = int(is_image.sum())
     if sum(lengths) != total:
         raise UsageError(
             f"the images give {sum(lengths)} visual tokens but the prompts hold {total} image placeholders; "
             "build both with the same processor (chunked prefill cannot be combined with token pruning)"
         )
-    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-    image_of[is_image] = numbers.to(image_of.device)
-    return image_of
+
+
+def in_order_of_appearance(keys: Tensor) -> Tensor:
+    """Return (B, S) int64: the groups of keys (B, S) >= 0, each of them contiguous, numbered as they appear."""
+    numbers = torch.full_like(keys, -1)
+    inside = keys >= 0
+    numbers[inside] = torch.unique_consecutive(keys[inside], return_inverse=True)[1]
+    return numbers

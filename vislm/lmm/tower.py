@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ class TowerState:
     """(B, n) bool, False on padding; None when nothing is padding."""
     lengths: list[int] = field(default_factory=list)
     """Patch tokens at the input of every layer (the longest image)."""
+    steps: list[tuple[int, Tensor, Tensor | None]] = field(default_factory=list)
+    """(layer, index, valid) from every layer on whose input was shortened."""
     signal: Any = None
 
 
@@ -56,6 +59,8 @@ class TowerPart:
 
     def _start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.state = None
+        for owner, _ in self.stages.values():  # images and videos are encoded one after the other
+            self.shared.run.memory[owner].clear()
 
     def _signal(self, call: AttentionCall, out: Tensor, layer: int) -> Tensor:
         if self.state is not None:
@@ -93,6 +98,7 @@ class TowerPart:
         index, valid = compact(keep, pad="right")
         stage.kept(memory, index)
         state.index, state.valid = state.index.gather(1, index), valid
+        state.steps.append((layer + 1, state.index, valid))
         prefix = hidden[:, : self.prefix]
         return torch.cat([prefix, gather_rows(hidden[:, self.prefix :], index)], 1)
 
@@ -100,14 +106,56 @@ class TowerPart:
         state = self.state
         if state is None or state.index.shape[1] == state.num_patches:
             return None
-        prefix = output.shape[1] - state.index.shape[1]  # CLS, where the model keeps it
-        full = output.new_full((output.shape[0], prefix + state.num_patches, output.shape[2]), torch.nan)
-        full[:, :prefix] = output[:, :prefix]
-        index = state.index + prefix
-        survivors = output[:, prefix:]
-        if state.valid is not None:
-            row = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
-            full[row[state.valid], index[state.valid]] = survivors[state.valid]
-        else:
-            full.scatter_(1, index.unsqueeze(-1).expand_as(survivors), survivors)
-        return full
+        return put_back(output, state.index, state.valid, state.num_patches)
+
+
+def put_back(output: Tensor, index: Tensor, valid: Tensor | None, num_patches: int) -> Tensor:
+    """Return (B, P + N, C) with the tokens (B, P + n, C) of N patches at their places and NaN in all other rows.
+
+    Args:
+        output: P prefix tokens, where the model keeps them, then n patches.
+        index: (B, n) the patches' places.
+        valid: (B, n) bool, False on padding; None when nothing is padding.
+        num_patches: N.
+    """
+    prefix = output.shape[1] - index.shape[1]
+    full = output.new_full((output.shape[0], prefix + num_patches, output.shape[2]), torch.nan)
+    full[:, :prefix] = output[:, :prefix]
+    index, survivors = index + prefix, output[:, prefix:]
+    if valid is not None:
+        row = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
+        full[row[valid], index[valid]] = survivors[valid]
+    else:
+        full.scatter_(1, index.unsqueeze(-1).expand_as(survivors), survivors)
+    return full
+
+
+def mix_survivors(method: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a model's method that mixes neighbouring patches such that patches that were dropped have no share.
+
+    Args:
+        method: takes features (list of (K, N, C), or (K, N, C)) and ``image_newline``; returns new features, or a list
+            of them and their lengths. Every new token is a weighted mean of old ones.
+        features: NaN in rows that were dropped.
+        args: further arguments.
+        kwargs: further arguments.
+
+    Returns:
+        What the method returns: each token the mean of the survivors among its patches, NaN where there is none.
+    """
+    single = isinstance(features, Tensor)
+    parts = [features] if single else list(features)
+    dropped = [part.isnan().all(-1, keepdim=True) for part in parts]
+    if not any(bool(gone.any()) for gone in dropped):
+        return method(features, *args, **kwargs)
+    zeroed = [part.masked_fill(gone, 0.0) for part, gone in zip(parts, dropped, strict=True)]
+    alive = [(~gone).to(part.dtype) for part, gone in zip(parts, dropped, strict=True)]
+    if single:
+        return _divide(method(zeroed[0], *args, **kwargs), method(alive[0], *args, **kwargs))
+    tokens, lengths = method(zeroed, *args, **kwargs)
+    shares, _ = method(alive, *args, **{**kwargs, "image_newline": alive[0].new_ones(1)})
+    return [_divide(own, share) for own, share in zip(tokens, shares, strict=True)], lengths
+
+
+def _divide(tokens: Tensor, share: Tensor) -> Tensor:
+    return (tokens / share).masked_fill(share < 1e-6, torch.nan)

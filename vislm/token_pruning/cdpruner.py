@@ -107,7 +107,12 @@ class CDPruner:
                     "relevance=embedding or relevance=none"
                 )
         return [
-            PromptStage(lambda view: self._select(view, adapter), self.positions, needs_tower=self.relevance == "clip")
+            PromptStage(
+                lambda view: self._select(view, adapter),
+                self.positions,
+                needs_tower=self.relevance == "clip",
+                expected=lambda alive: alive.after(self.keep),
+            )
         ]
 
     def _select(self, view: ImageView, adapter: Adapter) -> Tensor:

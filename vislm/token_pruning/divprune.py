@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.interventions import ImageView, Positions, PromptStage, Selection
+from vislm.lmm.interventions import Alive, ImageView, Positions, PromptStage, Selection
 from vislm.lmm.tokens import check_keep, token_count
 
 ROWS = 512
-"""Rows of the distance matrix that are held at once."""
+"""Rows of the distance matrix that are held at once while the first token is looked for."""
+WHOLE = 8192
+"""Up to so many tokens the whole matrix is held while the others are."""
 
 
 def cosine_distance(tokens: Tensor, others: Tensor) -> Tensor:
@@ -32,14 +34,20 @@ def max_min_diversity(tokens: Tensor, count: int) -> Tensor:
     The first is the token whose nearest neighbour is farthest; then always the one farthest from all selected.
     """
     unit = functional.normalize(tokens.float(), dim=-1)
+    # all similarities at once cost one product; row by row, each step would read all tokens again
+    similarity = unit @ unit.T if len(unit) <= WHOLE else None
     isolation = torch.cat([_nearest(unit, start) for start in range(0, len(unit), ROWS)])
-    selected = [int(isolation.argmax())]
+    selected = torch.empty(min(count, len(unit)), dtype=torch.int64, device=tokens.device)
     distance = torch.full_like(isolation, torch.inf)
-    while len(selected) < min(count, len(unit)):
-        distance = torch.minimum(distance, 1.0 - unit @ unit[selected[-1]])
-        distance[selected[-1]] = -torch.inf
-        selected.append(int(distance.argmax()))
-    return torch.tensor(selected, device=tokens.device)
+    next_one = isolation.argmax()
+    for step in range(len(selected)):  # nothing here waits for the device
+        selected[step] = next_one
+        chosen = next_one.view(1)
+        near = (unit if similarity is None else similarity).index_select(0, chosen)[0]
+        near = unit @ near if similarity is None else near
+        distance = torch.minimum(distance, 1.0 - near).index_fill_(0, chosen, -torch.inf)
+        next_one = distance.argmax()
+    return selected
 
 
 def _nearest(unit: Tensor, start: int) -> Tensor:
@@ -71,7 +79,10 @@ class DivPrune:
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:
         """Return one stage before the language model."""
         check_keep(self.keep)
-        return [PromptStage(self._select, self.positions)]
+        return [PromptStage(self._select, self.positions, expected=self._expected)]
+
+    def _expected(self, alive: Alive) -> int:
+        return token_count(self.keep, alive.tokens if self.newlines else alive.candidates)
 
     def _select(self, view: ImageView) -> Selection:
         alive = ~view.features.isnan().all(-1)

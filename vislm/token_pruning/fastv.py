@@ -45,7 +45,7 @@ class FastV:
     def plan(self, adapter: Adapter) -> Sequence[PromptStage | LanguageStage]:
         """Return one stage inside the language model, or before it with ``layer=0``."""
         depth, tokens = len(adapter.layers), adapter.tokens_per_image
-        check_keep(self.keep, tokens)
+        check_keep(self.keep)
         if tokens is not None and 0 <= self.layer < depth:
             self._count(tokens, depth)  # refuses at once an average that cannot be had
         if self.layer == 0:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,8 +22,12 @@ from vislm import kernels
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.attention import AttentionCall
-from vislm.lmm.interventions import LanguageStage, LanguageView, Positions, TowerStage, TowerView
+from vislm.lmm.interventions import Alive, LanguageStage, LanguageView, Positions, TowerStage, TowerView
 from vislm.lmm.tokens import check_keep, gather_rows, token_count
+
+TYPICAL_RATIO = 0.85
+"""Entropy ratio of the CLS attention that the expected cost assumes in all layers."""
+ASSUMPTION = f"an entropy ratio of {TYPICAL_RATIO} in every tower layer, which the image decides"
 
 
 class Flow(NamedTuple):
@@ -66,6 +71,21 @@ def prune_count(ratio: Tensor, alive: Tensor, target: int, remaining: int) -> Te
         remaining: layers still to come before the last pruning point, > 0.
     """
     return (alive - target) / math.sqrt(remaining) * (1.0 - ratio**2)
+
+
+def expected_patches(alive: int, target: int, remaining: int, ratio: float = TYPICAL_RATIO) -> int:
+    """Return how many of ``alive`` = N patches a pruning point leaves where the entropy ratio is ``ratio``.
+
+    Args:
+        alive: N.
+        target: T, what the last point (``remaining`` = 0) leaves.
+        remaining: layers still to come before it.
+        ratio: H; attention of images decides it, layer by layer.
+    """
+    if remaining == 0:
+        return target
+    dropped = prune_count(torch.tensor([ratio]), torch.tensor([alive]), target, remaining)
+    return max(alive - int(dropped.round()), target)
 
 
 def cls_flow(call: AttentionCall) -> Flow:
@@ -126,15 +146,21 @@ class FlowCut:
     keep: int | float = 64
     """Visual tokens per image that reach the end, or a ratio of them."""
     where: Literal["auto", "tower", "language", "both"] = "auto"
-    """"auto": the tower for one crop per image, both for tiled images."""
+    """"auto": the tower for one crop per image, both for tiled images and images of any size; the language model where
+    the tower cannot be pruned."""
     tower_keep: int | None = None
-    """Patches per crop that leave the tower; default: ``keep``, or half of it when the language model prunes too."""
+    """Patches per crop (of a video: per frame) that leave the tower; default: ``keep``, or half of it when the language
+    model prunes too, which are 2.5 times ``keep`` in five crops. Where four patches are one token (Qwen2-VL): 4
+    ``keep``, or 8 ``keep`` when it prunes too. A ratio is doubled when it prunes too."""
+    unit: Literal["cell", "patch"] = "cell"
+    """What is dropped where several patches are one token: cells, or single patches, as the official code does. Then
+    four survivors in a row make a token, which takes the place of an early cell."""
     positions: Positions = "contiguous"
     """Both official codes for LLaMA number the survivors anew."""
     layer: int = 1
     """The language stage ranks by decoder layer ``layer`` and drops behind it."""
-    history: float = 0.5
-    period: int = 2
+    history: float = field(default=0.5, metadata={"range": (0.0, 0.9)})
+    period: int = field(default=2, metadata={"range": (1, 6)})
     shared_count: bool = False
     """Let all images of a call drop as many patches as the one that drops most, as the official code does for the
     crops of an image. Off: each crop has its own pace, and a batch gives what its images give alone."""
@@ -142,41 +168,72 @@ class FlowCut:
 
     def plan(self, adapter: Adapter) -> Sequence[TowerStage | LanguageStage]:
         """Return one stage per tower layer up to the read layer, and / or one inside the language model."""
-        rows, columns = adapter.patch_grid
-        patches = rows * columns
-        single = adapter.crops_per_image == 1
-        check_keep(self.keep, patches if single else None)
+        check_keep(self.keep)
         if self.period < 1 or not 0.0 <= self.history < 1.0:
             raise UsageError(f"period={self.period}, history={self.history}: expected period >= 1 and 0 <= history < 1")
-        where = ("tower" if single else "both") if self.where == "auto" else self.where
+        where = self._where(adapter)
         stages: list[TowerStage | LanguageStage] = []
         if where in ("tower", "both"):
-            stages += self._tower(adapter, self._target(patches, where), patches)
+            stages += self._tower(adapter, where)
         if where in ("language", "both"):
             if self.layer + 1 >= len(adapter.layers):
                 raise PlanConflict(
                     f"flowcut: layer={self.layer} is not before the last of {len(adapter.layers)} layers"
                 )
-            stages.append(LanguageStage(self.layer + 1, self.layer, lambda call: call, self._language, self.positions))
+            stages.append(
+                LanguageStage(
+                    self.layer + 1,
+                    self.layer,
+                    lambda call: call,
+                    self._language,
+                    self.positions,
+                    expected=lambda alive: token_count(self.keep, alive.tokens),
+                )
+            )
         return stages
 
-    def _target(self, patches: int, where: str) -> int:
-        if self.tower_keep is not None:
-            check_keep(self.tower_keep, patches)
-            return self.tower_keep
-        keep = token_count(self.keep, patches) if isinstance(self.keep, float) else self.keep
-        return min(patches, keep if where == "tower" else max(1, keep // 2))
+    def _where(self, adapter: Adapter) -> str:
+        if self.where != "auto":
+            return self.where
+        if adapter.tower_conflict:
+            return "language"
+        return "tower" if adapter.crops_per_image == 1 else "both"
 
-    def _tower(self, adapter: Adapter, target: int, patches: int) -> list[TowerStage]:
-        if target >= patches:
+    def _target(self, cell: int, where: str, patches: int) -> int:
+        """Return how many of a crop's patches leave the tower."""
+        if self.tower_keep is not None:
+            return min(self.tower_keep, patches)
+        both = where == "both"
+        if isinstance(self.keep, float):
+            keep = token_count(min(1.0, 2 * self.keep) if both else self.keep, patches // cell)
+        elif both:
+            keep = max(1, self.keep // 2) if cell == 1 else 2 * self.keep
+        else:
+            keep = self.keep
+        return min(patches, cell * keep)
+
+    def _tower(self, adapter: Adapter, where: str) -> list[TowerStage]:
+        cell, grid = adapter.cell, adapter.patch_grid
+        patches = None if grid is None else grid[0] * grid[1]
+        target = partial(self._target, cell, where)
+        if self.tower_keep is not None:
+            check_keep(self.tower_keep)
+            if self.tower_keep % cell:
+                raise UsageError(
+                    f"tower_keep={self.tower_keep}: {cell} patches are one token; give a multiple of {cell}"
+                )
+        if patches is not None and target(patches) >= patches:
             return []
         signal = cls_flow if adapter.tower_prefix else mean_query_flow
-        return self.tower_stages(adapter.read_layer, target, signal)
+        last = len(adapter.tower_layers) if adapter.packed_tower else adapter.read_layer
+        return self.tower_stages(last, target, signal, cell if self.unit == "cell" else 1)
 
     def tower_stages(
-        self, last: int, target: int, signal: Callable[[AttentionCall], Flow], cell: int = 1
+        self, last: int, target: int | Callable[[int], int], signal: Callable[[AttentionCall], Flow], cell: int = 1
     ) -> list[TowerStage]:
         """Return the stages after tower layers 0 .. ``last`` - 1; ``target`` patches are left behind the last one.
+
+        ``target`` may be a function of the crop's number of patches.
 
         With ``cell`` > 1 whole cells of so many consecutive patches are dropped, scored by their mean: what a merger
         joins later stays one piece of the picture. The official Qwen2-VL code drops single patches.
@@ -184,9 +241,16 @@ class FlowCut:
 
         def stage(layer: int) -> TowerStage:
             def select(view: TowerView) -> Tensor | None:
-                return self._select(view, target, last - layer - 1, cell)
+                count = target if isinstance(target, int) else target(view.num_patches)
+                return self._select(view, count, last - layer - 1, cell)
 
-            return TowerStage(layer, signal, select, _gather_history, self.positions)
+            def expected(alive: Alive) -> int:
+                count = target if isinstance(target, int) else target(alive.total)
+                return self._expected(alive.tokens, count, last - layer - 1, cell)
+
+            remaining = last - layer - 1
+            guess = ASSUMPTION if remaining and not remaining % self.period else None
+            return TowerStage(layer, signal, select, _gather_history, self.positions, expected, guess)
 
         return [stage(layer) for layer in range(last)]
 
@@ -209,6 +273,11 @@ class FlowCut:
             return _top(score, count, view.valid)
         cells = score.unflatten(1, (-1, cell)).mean(-1)
         return _top(cells, (count / cell).ceil(), None).repeat_interleave(cell, dim=1)
+
+    def _expected(self, alive: int, target: int, remaining: int, cell: int) -> int:
+        if alive <= target or remaining % self.period:
+            return alive
+        return math.ceil(expected_patches(alive, target, remaining) / cell) * cell
 
     def _language(self, view: LanguageView) -> Tensor:
         return view.top_per_image(last_token_flow(view.signal, view.image_of), self.keep)

@@ -51,7 +51,7 @@ class PyramidDrop:
         depth, tokens = len(adapter.layers), adapter.tokens_per_image
         stages = self._stages(depth)
         if self.keep is not None:
-            check_keep(self.keep, tokens)
+            check_keep(self.keep)
             if tokens or isinstance(self.keep, float):
                 self._ratios(stages, depth, tokens or 1)  # refuses at once what cannot be had
         return [

@@ -28,9 +28,8 @@ class RandomPruning:
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:
         """Return one stage before the language model."""
-        rows, columns = adapter.patch_grid
-        check_keep(self.keep, rows * columns if adapter.crops_per_image == 1 else None)
-        return [PromptStage(self._select, self.positions)]
+        check_keep(self.keep)
+        return [PromptStage(self._select, self.positions, expected=lambda alive: alive.after(self.keep))]
 
     def _select(self, view: ImageView) -> Tensor:
         candidates = view.candidates.nonzero().flatten()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.interventions import ImageView, Intervention, Positions, PromptStage, Selection
+from vislm.lmm.interventions import Alive, ImageView, Intervention, Positions, PromptStage, Selection
 from vislm.lmm.tokens import check_keep, token_count
 
 ROWS = 1024
@@ -81,7 +82,7 @@ class Restore:
         if not 0.0 <= self.kept < 1.0:
             raise UsageError(f"kept={self.kept}: the base method's share must lie in [0, 1)")
         if self.base is None:
-            return [PromptStage(lambda view: self._select(view, None, adapter), self.positions)]
+            return [PromptStage(partial(self._select, None, adapter), self.positions, expected=self._expected)]
         base: Any = self.base
         if "keep" not in {f.name for f in fields(base)}:
             raise PlanConflict(f"restore cannot set the budget of {base.name}, which has no option keep")
@@ -90,9 +91,13 @@ class Restore:
             raise PlanConflict(
                 f"restore needs a base that chooses before the language model; {base.name} acts elsewhere"
             )
-        return [replace(stages[0], select=lambda view: self._select(view, base, adapter), positions=self.positions)]
+        select = partial(self._select, base, adapter)
+        return [replace(stages[0], select=select, positions=self.positions, expected=self._expected, assumes=None)]
 
-    def _select(self, view: ImageView, base: Any, adapter: Adapter) -> Selection:
+    def _expected(self, alive: Alive) -> int:
+        return token_count(self.keep, alive.candidates)
+
+    def _select(self, base: Any, adapter: Adapter, view: ImageView) -> Selection:
         total = int(view.candidates.sum())
         budget = token_count(self.keep, total)
         if budget == total:

@@ -112,7 +112,7 @@ class SparseVLM:
     def plan(self, adapter: Adapter) -> Sequence[LanguageStage]:
         """Return one stage behind each ranking layer."""
         if self.counts is None:
-            check_keep(self.keep, adapter.tokens_per_image)
+            check_keep(self.keep)
         if not 0.0 <= self.recycle <= 1.0 or self.per_cluster < 1:
             raise UsageError(
                 f"recycle={self.recycle}, per_cluster={self.per_cluster}: expected a share in [0, 1] and at least 1"

@@ -88,7 +88,7 @@ class SparseVLMPlus:
     def plan(self, adapter: Adapter) -> Sequence[LanguageStage]:
         """Return one stage behind each ranking layer."""
         if self.counts is None:
-            check_keep(self.keep, adapter.tokens_per_image)
+            check_keep(self.keep)
         check_keep(self.heads)
         layers = attention_layers(self.name, LAYERS, self.layers, self.counts, len(adapter.layers))
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,13 +53,14 @@ class UniformPruning:
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:
         """Return one stage before the language model."""
         check_keep(self.keep)
-        return [PromptStage(lambda view: self._select(view, adapter), self.positions)]
+        select = partial(self._select, adapter)
+        return [PromptStage(select, self.positions, expected=lambda alive: alive.after(self.keep))]
 
-    def _select(self, view: ImageView, adapter: Adapter) -> Tensor:
+    def _select(self, adapter: Adapter, view: ImageView) -> Tensor:
         candidates = view.candidates.nonzero().flatten()
         count = token_count(self.keep, len(candidates))
         keep = torch.zeros_like(view.candidates)
-        grids = adapter.grids(view.features)
+        grids = adapter.grids(view.features, view.span)
         if sum(g.height * g.width for g in grids) != len(candidates):  # a tower has thinned the grid before
             keep[candidates[spread(count, len(candidates)).to(candidates.device)]] = True
             return keep

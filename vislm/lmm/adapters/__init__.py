@@ -10,17 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from vislm.errors import UsageError
-from vislm.lmm.adapters.llava import LlavaAdapter
+from vislm.lmm.adapters.base import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Adapter = LlavaAdapter
-"""The interface that the session relies on; other families override what differs."""
+__all__ = ["FAMILIES", "Adapter", "adapter_for"]
 
 FAMILIES = {
     "llava": "vislm.lmm.adapters.llava:LlavaAdapter",
     "llava_next": "vislm.lmm.adapters.llava_next:LlavaNextAdapter",
+    "llava_onevision": "vislm.lmm.adapters.llava_onevision:LlavaOnevisionAdapter",
+    "qwen2_vl": "vislm.lmm.adapters.qwen2_vl:Qwen2VLAdapter",
+    "qwen2_5_vl": "vislm.lmm.adapters.qwen2_5_vl:Qwen25VLAdapter",
+    "qwen3_vl": "vislm.lmm.adapters.qwen3_vl:Qwen3VLAdapter",
+    "internvl": "vislm.lmm.adapters.internvl:InternVLAdapter",
+    "idefics3": "vislm.lmm.adapters.idefics3:Idefics3Adapter",
+    "smolvlm": "vislm.lmm.adapters.smolvlm:SmolVLMAdapter",
 }
 """transformers ``model_type`` -> adapter."""
 

@@ -5,47 +5,24 @@ Source: Liu et al., "Improved Baselines with Visual Instruction Tuning", CVPR 20
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from vislm.errors import PlanConflict
+from vislm.lmm.adapters.base import Adapter, Grid
+
+__all__ = ["Grid", "LlavaAdapter"]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A rectangle of an image's visual tokens: token ``index[row, column]`` lies at that place of the picture."""
-
-    height: int
-    width: int
-    start: int
-    """Index of the first token in the image's sequence."""
-    row_stride: int
-    """Tokens from one row to the next (width, plus one where a newline token ends each row)."""
-
-
-class LlavaAdapter:
-    """Names the parts of a LLaVA model. All attributes are read only."""
+class LlavaAdapter(Adapter):
+    """Names the parts of a LLaVA model; the projector works token by token."""
 
     family = "llava"
     default_prompt = "USER: {images}\n{question} ASSISTANT:"
-    """Used when the processor brings no chat template; {images} is one placeholder per image and newline."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        self.inner: Any = model.model
-        self.config: Any = model.config
-        self.image_token_id: int = self.config.image_token_id
-
-    # -- vision tower ------------------------------------------------------------------------------------------------
-    @property
-    def tower(self) -> nn.Module:
-        """The vision tower as the model calls it."""
-        return self.inner.vision_tower
+    has_token_features = True
 
     @property
     def tower_layers(self) -> list[nn.Module]:
@@ -58,29 +35,21 @@ class LlavaAdapter:
         raise PlanConflict(f"cannot find the encoder layers of the vision tower {type(self.tower).__name__}")
 
     @property
-    def tower_attentions(self) -> list[nn.Module]:
-        """The attention module of every tower layer."""
-        return [layer.get_submodule("self_attn") for layer in self.tower_layers]
-
-    @property
-    def projector(self) -> nn.Module:
-        """The module between the tower's features and the language model."""
-        return self.inner.multi_modal_projector
-
-    @property
     def tower_prefix(self) -> int:
-        """Prefix tokens (CLS) before the patch tokens inside the tower."""
-        return 1 if self.config.vision_config.model_type == "clip_vision_model" else 0
+        """1 with a CLIP tower (CLS), else 0."""
+        return 1 if self.vision_config.model_type == "clip_vision_model" else 0
 
     @property
-    def patch_grid(self) -> tuple[int, int]:
-        """Patches (rows, columns) of one image or crop."""
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+    def patch_grid(self) -> tuple[int, int] | None:
+        """Patches of one image or crop; None with Pixtral's tower, which takes images of any size."""
+        if self.vision_config.model_type == "pixtral":
+            return None
+        side = self.vision_config.image_size // self.vision_config.patch_size
         return side, side
 
     @property
     def crops_per_image(self) -> int | None:
-        """Crops that the tower encodes per image; None when it depends on the image."""
+        """One: the whole image."""
         return 1
 
     @property
@@ -97,66 +66,27 @@ class LlavaAdapter:
             layer = layer[0]
         return (layer if layer >= 0 else len(self.tower_layers) + 1 + layer) - 1
 
-    # -- language model ----------------------------------------------------------------------------------------------
     @property
-    def language_model(self) -> Any:
-        """The decoder without its head."""
-        return self.inner.language_model
+    def keeps_prefix(self) -> bool:
+        """Whether CLS stays among the visual tokens (``vision_feature_select_strategy="full"``)."""
+        return self.config.vision_feature_select_strategy == "full"
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers."""
-        return list(self.language_model.layers)
-
-    @property
-    def attentions(self) -> list[nn.Module]:
-        """The attention module of every decoder layer."""
-        return [layer.get_submodule("self_attn") for layer in self.layers]
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Return text embeddings (B, S, C)."""
-        return self.language_model.embed_tokens(input_ids)
-
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary (cos, sin), each (B, S, d), at position_ids (B, S)."""
-        return self.language_model.rotary_emb(hidden, position_ids=position_ids)
-
-    # -- images ------------------------------------------------------------------------------------------------------
-    def encode(self, kwargs: dict[str, Any]) -> None:
-        """Replace raw pixels in a forward's kwargs by encoded images, as ``generate`` does before its prefill."""
-        encoder = self.inner.get_image_features
-        names = [n for n in inspect.signature(encoder).parameters if kwargs.get(n) is not None and n != "kwargs"]
-        kwargs["mm_encoder_outputs"] = {"image": encoder(**{n: kwargs[n] for n in names}, return_dict=True)}
-        for name in names:
-            del kwargs[name]
-
-    def is_patch(self, features: Tensor) -> Tensor:
-        """Return (n,) bool: which of an image's tokens features (n, C) are patches rather than separators."""
-        return torch.ones(features.shape[0], dtype=torch.bool, device=features.device)
-
-    has_token_features = True
-    """Whether a patch has features of its own before the projector (no merger or shuffle joins patches)."""
-
-    def project(self, features: Tensor) -> Tensor:
-        """Return the language model's tokens (m, C) for patch features (m, Cv); where ``has_token_features``."""
-        return self.projector(features)
-
-    def crops(self, arguments: dict[str, Any]) -> list[int]:
-        """Return how many crops the tower encodes for each image, from the arguments of ``get_image_features``."""
+    def crops(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Return 1 for every image."""
         return [1] * len(arguments["pixel_values"])
 
-    def pack(self, maps: Tensor, arguments: dict[str, Any], image: int, newline: float) -> Tensor:
-        """Bring maps (K, N, c) of one image's crops into the order of its tokens (n, c), as the model packs features.
+    def pack(self, maps: Tensor | Sequence[Tensor], arguments: Mapping[str, Any], entry: int, newline: float) -> Tensor:
+        """Return the one crop's map (n, c)."""
+        (own,) = maps
+        return self._with_prefix(own, newline)
 
-        Args:
-            maps: values per patch; prefix tokens are not among them.
-            arguments: those of ``get_image_features``.
-            image: number of the image in that call.
-            newline: value of separator tokens.
-        """
-        return maps[0]
-
-    def grids(self, features: Tensor) -> list[Grid]:
-        """Return the rectangles that an image's tokens features (n, C) form."""
+    def grids(self, features: Tensor, span: tuple[int, int, int] | None = None) -> list[Grid]:
+        """Return the one rectangle."""
+        if self.patch_grid is None:
+            return super().grids(features, span)
         height, width = self.patch_grid
-        return [Grid(height, width, start=0, row_stride=width)]
+        return [Grid(height, width, start=len(features) - height * width, row_stride=width)]
+
+    def _with_prefix(self, maps: Tensor, value: float) -> Tensor:
+        kept = self.tower_prefix if self.keeps_prefix else 0
+        return torch.cat([maps.new_full((kept, maps.shape[-1]), value), maps]) if kept else maps

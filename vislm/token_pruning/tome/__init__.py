@@ -99,7 +99,7 @@ class ToMe:
         if adapter.patch_grid is None:
             raise UsageError("the patches of an image are not known before it is seen; give r= instead of keep=")
         patches = adapter.patch_grid[0] * adapter.patch_grid[1]
-        check_keep(keep, patches)
+        check_keep(keep)
         return schedule_to_keep(token_count(keep, patches), patches, layers)
 
 

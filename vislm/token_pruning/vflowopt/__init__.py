@@ -94,7 +94,7 @@ class VFlowOpt:
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage | LanguageStage | BiasStage]:
         """Return the stage before the language model and those inside it."""
-        check_keep(self.keep, adapter.tokens_per_image)
+        check_keep(self.keep)
         self._check(adapter)
         layer = adapter.read_layer if self.layer is None else self.layer
         adapter.check_tower_signal(layer)
@@ -153,7 +153,7 @@ class VFlowOpt:
         tokens = len(view.features)
         score = self._importance(adapter, view)
         view.memory.setdefault("importance", {})[view.image] = score
-        grids = adapter.grids(view.features) if self.recycle else []
+        grids = adapter.grids(view.features, view.span) if self.recycle else []
         cells = cell_numbers(grids, tokens, self.a).to(score.device)
         drop, recycled = stage_counts(tokens, int((cells >= 0).sum()), self.retention(tokens, lengths).r1, self.a)
         if not drop:  # nothing to recycle
