@@ -46,7 +46,7 @@ class Session:
         self._state = SessionState(adapter)
         self.plan: Plan = timed_plan(compile_plan(interventions, adapter), self._state)
         self._started = 0.0
-        self._new_columns = 0
+        self._cached = self._new_columns = 0
         self._hooks = Hooks()
         self._implementations: dict[str, str] = {}
         self._prompt = PromptPart(
@@ -186,6 +186,7 @@ class Session:
         kwargs = named_arguments(module, args, kwargs)
         cache = kwargs.get("past_key_values")
         cached = 0 if cache is None else int(cache.get_seq_length())
+        self._cached = cached
         if self._logits:
             self._logits.start(kwargs, cached)
         if cached == 0:
@@ -245,7 +246,7 @@ class Session:
             self._count(run)
         else:
             run.new_tokens += 1
-            self._new_columns += _columns_of(kwargs)
+            self._new_columns = self._cached - run.layer_tokens[0] + _columns_of(kwargs)
         layers = getattr(getattr(output, "past_key_values", None), "layers", [])
         filled = [layer for layer in layers if getattr(layer, "keys", None) is not None]
         run.kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
