@@ -111,14 +111,14 @@ def sink_dims(value: str | tuple[int, ...], adapter: Adapter, methods: Sequence[
 
     Arguments and errors are those of :func:`head_list`.
     """
-    given = value if isinstance(value, str) else tuple((dim,) for dim in value)
-    return tuple(sorted({int(dim) for (dim,) in _entries(given, "sink_dims", adapter, methods)}))
+    return tuple(sorted({int(dim) for (dim,) in _entries(value, "sink_dims", adapter, methods)}))
 
 
 def _entries(value: Any, kind: Kind, adapter: Adapter, methods: Sequence[str]) -> list[tuple[float, ...]]:
     where = f"{methods[0]}: {_ENTRIES[kind]}"
     if isinstance(value, str):
-        rows = _from_file(Path(value), kind, adapter, methods) if _is_path(value) else _from_text(value, kind, where)
+        literal = set(value) <= set("0123456789./+")
+        rows = _from_text(value, kind, where) if literal else _from_file(Path(value), kind, adapter, methods)
     else:
         rows = value
     config, entries = adapter.text_config, []
@@ -135,26 +135,22 @@ def _entries(value: Any, kind: Kind, adapter: Adapter, methods: Sequence[str]) -
     return entries
 
 
-def _is_path(text: str) -> bool:
-    return text.endswith(".json") or Path(text).is_file()
-
-
 def _from_text(text: str, kind: Kind, where: str) -> list[tuple[float, ...]]:
     try:
         return [
             tuple(float(n) if "." in n else int(n) for n in part.split("/")) for part in filter(None, text.split("+"))
         ]
     except ValueError as error:
-        raise UsageError(
-            f"{where}={text!r}: neither an artefact (.json) nor entries such as {_EXAMPLE[kind]}"
-        ) from error
+        raise UsageError(f"{where}={text!r}; expected entries such as {_EXAMPLE[kind]}, or an artefact") from error
 
 
 def _from_file(path: Path, kind: Kind, adapter: Adapter, methods: Sequence[str]) -> list[Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the artefact {path}: {error}") from error
+        raise UsageError(
+            f"cannot read the artefact {path} (nor is it {_EXAMPLE[kind]} or the like): {error}"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get(_ENTRIES[kind], []), list):
         raise UsageError(f"{path} is not an artefact: expected an object with kind, method, model and {_ENTRIES[kind]}")
     if content.get("kind") != kind or _ENTRIES[kind] not in content:

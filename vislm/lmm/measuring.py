@@ -92,7 +92,7 @@ def memory_growth(call: Callable[[], T], device: torch.device) -> tuple[T, int |
     if device.type != "cpu" or not _CLEAR.exists():
         return call(), None
     release_scratch()
-    gc.collect()
+    gc.collect(1)  # of everything it takes seconds
     trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
