@@ -10,6 +10,8 @@ import typer
 from vislm.cli import (
     ask,
     bench,
+    calibrate_heads,
+    carve,
     data,
     demo,
     evaluate,
@@ -46,6 +48,8 @@ app.add_typer(bench.app, name="bench")
 app.command("suggest-window")(suggest_window.suggest_window)
 app.command("explain-prune")(explain_prune.explain_prune)
 app.command("tune-pruning")(tune_pruning.tune_pruning)
+app.command("calibrate-heads")(calibrate_heads.calibrate_heads)
+app.command("carve")(carve.carve)
 app.command("demo")(demo.demo)
 
 
