@@ -33,7 +33,7 @@ def test_python(here, capsys) -> None:
 def test_commands(here, monkeypatch, capsys) -> None:
     block = TEXT.split("## On the command line")[1].split("```")[1]
     lines = [line for line in block.splitlines() if line.startswith("vislm ")]
-    assert len(lines) == 10
+    assert len(lines) == 12
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         with pytest.raises(SystemExit) as stop:

@@ -22,7 +22,7 @@ from vislm.bench.kernels.cases import (
     our_cases,
     pattern_of,
 )
-from vislm.bench.kernels.memory import _resident_peak, peak_memory
+from vislm.bench.kernels.memory import peak_memory, resident_peak
 from vislm.bench.kernels.plan import calls_of, cases_of
 from vislm.bench.kernels.plot import plot_rows
 from vislm.bench.kernels.rows import Row, measure, slopes
@@ -144,8 +144,8 @@ def test_peak_memory_of_a_call_is_what_it_allocates() -> None:
         held = torch.ones(24 << 20, dtype=torch.uint8)
         return held + held.float().sum().byte()  # 24 MiB held, 96 MiB for a while, 24 MiB returned
 
-    assert _resident_peak(call) == pytest.approx(120 << 20, rel=0.05)
-    assert _resident_peak(lambda: None) < 1 << 20
+    assert resident_peak(call) == pytest.approx(120 << 20, rel=0.05)
+    assert resident_peak(lambda: None) < 1 << 20
 
 
 @LINUX

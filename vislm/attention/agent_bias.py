@@ -5,11 +5,13 @@ Source: Agent Attention (arXiv 2312.08874); https://github.com/LeapLabTHU/Agent-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+
+from vislm.attention.remembered import Remembered
 
 BLOCK = (7, 7)
 """Size of the block tables, whatever the resolution."""
@@ -55,6 +57,7 @@ class AgentBias(nn.Module):
     ) -> None:
         super().__init__()
         self.agent_side, agents = agent_side, agent_side**2
+        self.remembered = Remembered(), Remembered()
         (query_rows, query_columns), (key_rows, key_columns) = query_grid, key_grid
         self.an_bias = _table(num_heads, agents, *BLOCK)
         self.na_bias = _table(num_heads, agents, *BLOCK)
@@ -73,14 +76,33 @@ class AgentBias(nn.Module):
 
     def agent_to_key(self, grid: Sequence[int], agent_shape: tuple[int, int]) -> Tensor:
         """Return ``B1 (1, H, n', R + N)``: logits of prefix and grid tokens as keys of the agents."""
+        tables = (self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias)
+        return self._remembered(0, tables, grid, agent_shape, self._agent_to_key)
+
+    def query_to_agent(self, grid: Sequence[int], agent_shape: tuple[int, int]) -> Tensor:
+        """Return ``B2 (1, H, R + N, n')``: logits of the agents as keys of prefix and grid tokens."""
+        tables = (self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias)
+        return self._remembered(1, tables, grid, agent_shape, self._query_to_agent)
+
+    def _remembered(
+        self,
+        which: int,
+        tables: Sequence[Tensor | None],
+        grid: Sequence[int],
+        shape: tuple[int, int],
+        compute: Callable[[Sequence[int], tuple[int, int]], Tensor],
+    ) -> Tensor:
+        given = [table for table in tables if table is not None]
+        return self.remembered[which]((tuple(grid), shape), given, lambda: compute(grid, shape))
+
+    def _agent_to_key(self, grid: Sequence[int], agent_shape: tuple[int, int]) -> Tensor:
         places = _resized(self.an_bias, grid) + _resized((self.ah_bias + self.aw_bias)[0], grid)
         bias = self._to_agents(places, agent_shape)
         if self.ac_bias is None:
             return bias
         return torch.cat((self._to_agents(self.ac_bias[0, ..., None], agent_shape), bias), dim=-1)
 
-    def query_to_agent(self, grid: Sequence[int], agent_shape: tuple[int, int]) -> Tensor:
-        """Return ``B2 (1, H, R + N, n')``: logits of the agents as keys of prefix and grid tokens."""
+    def _query_to_agent(self, grid: Sequence[int], agent_shape: tuple[int, int]) -> Tensor:
         lines = (self.ha_bias + self.wa_bias)[0].permute(0, 3, 1, 2)
         bias = self._to_agents(_resized(self.na_bias, grid) + _resized(lines, grid), agent_shape)
         if self.ca_bias is not None:

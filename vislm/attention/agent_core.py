@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, pad
 
 from vislm.attention.agent_bias import AgentBias
 from vislm.attention.dropout import attend_dropping
@@ -91,8 +91,26 @@ class AgentCore(AgentBias):
         if valid is not None:
             value = value * valid[..., None]
         agents = self.pooled(query[:, prefix:], grid, None if valid is None else valid[:, prefix:])
+        x = self._through(agents, query, key, value, grid, key_grid, valid)
+        local = to_map(value[:, prefix:], key_grid)
+        if tuple(key_grid) != tuple(grid):
+            local = interpolate(local, tuple(grid), mode="bilinear", align_corners=False)
+        local = to_tokens(self.dwc(local))
+        return x + (local if prefix == 0 else pad(local, (0, 0, prefix, 0)))
+
+    def _through(
+        self,
+        agents: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: Sequence[int],
+        key_grid: Sequence[int],
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Return what the agents gather from keys and values and hand on to the queries, ``(B, R + h w, C)``."""
         heads_q, heads_a, heads_k, heads_v = (split_heads(part, self.num_heads) for part in (query, agents, key, value))
-        dropped = self.attn_drop if self.training else 0.0
+        dropped, shape = self.attn_drop if self.training else 0.0, self.agent_shape
         gathered = attend_dropping(
             heads_a,
             heads_k,
@@ -104,12 +122,7 @@ class AgentCore(AgentBias):
         )
         bias = self.query_to_agent(grid, shape)
         x = attend_dropping(heads_q, heads_a, gathered, dropped, pattern=Dense(), bias=bias, scale=self.scale)
-        local = to_map(value[:, prefix:], key_grid)
-        if tuple(key_grid) != tuple(grid):
-            local = interpolate(local, tuple(grid), mode="bilinear", align_corners=False)
-        local = to_tokens(self.dwc(local))
-        x = merge_heads(x)
-        return x + local if prefix == 0 else torch.cat((x[:, :prefix], x[:, prefix:] + local), dim=1)
+        return merge_heads(x)
 
     def pooled(self, query: Tensor, grid: Sequence[int], valid: Tensor | None = None) -> Tensor:
         """Return the agents ``(B, n', C)`` of the grid's queries ``(B, h w, C)``: means over cells, of valid tokens."""

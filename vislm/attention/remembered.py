@@ -19,28 +19,22 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self._key: Hashable = None
-        self._parameters: list[Tensor] = []
-        self._result: Tensor | None = None
+        self._last: tuple[Hashable, list[Tensor], Tensor] | None = None
 
     def __call__(self, key: Hashable, parameters: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """Return ``compute()``, or what it returned last for the same key and equal parameters."""
-        device = parameters[0].device.type
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or device != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or parameters[0].device.type != "cpu":
             return compute()
-        if self._result is None or self._key != key or not _equal(parameters, self._parameters):
-            result = compute()
-            if result.numel() > LIMIT:
-                return result
-            self._key, self._result = key, result
-            self._parameters = [parameter.detach().clone() for parameter in parameters]
-        return self._result
-
-    def __deepcopy__(self, memo: object) -> Remembered:
-        return Remembered()  # a copied module has parameters of its own
+        last = self._last  # one name for all of it: another thread may put in its own
+        if last is not None and last[0] == key and _equal(parameters, last[1]):
+            return last[2]
+        result = compute()
+        if result.numel() <= LIMIT:
+            self._last = key, [parameter.detach().clone() for parameter in parameters], result
+        return result
 
     def __reduce__(self) -> tuple[type[Remembered], tuple[()]]:
-        return Remembered, ()  # nor does it belong in a file
+        return Remembered, ()  # a copied or saved module starts anew
 
 
 def _equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

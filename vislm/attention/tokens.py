@@ -63,7 +63,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return a map ``(B, C, H, W)`` stored as tokens are, so that :func:`to_tokens` of it, convolved, copies nothing."""
+    """Return a map ``(B, C, H, W)`` stored as tokens are: :func:`to_tokens` of it, or convolved, copies nothing."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

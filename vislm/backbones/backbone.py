@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -68,7 +69,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the tokens ``(B, N, C)`` that the head averages."""
-        *_, last = self.stage_maps(images)
+        last = deque(self.stage_maps(images), maxlen=1).pop()  # no other stage's output stays in memory
         return self.finish(last)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from vislm.attention.halo import HaloAttention
-from vislm.attention.tokens import to_map, to_tokens
+from vislm.attention.tokens import channels_last, to_map, to_tokens
 from vislm.backbones.backbone import Backbone, DropPath, Head, drop_path_rates
 from vislm.backbones.checkpointing import run_block
 from vislm.backbones.config import HaloNetConfig, HaloStageConfig
@@ -48,7 +48,7 @@ class HaloNet(Backbone):
 
     def stage_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Yield each stage's output ``(B, C_i, H_i, W_i)`` for images ``(B, 3, H, W)`` of any size."""
-        x = self.stem(images)
+        x = self.stem(channels_last(images))
         for stage in self.stages:
             for block in stage.children():
                 x = run_block(block, x, recompute=self.grad_checkpointing)

@@ -26,9 +26,8 @@ def by_tokens(x: Tensor, width: int, change: Callable[[Tensor], Tensor]) -> Tens
     """
     if not _pays(x, width):
         return change(x)
-    tokens = x.flatten(0, 1)
-    parts = [change(part) for part in tokens.split(max(1, LIMIT // width))]
-    return torch.cat(parts).unflatten(0, x.shape[:2])
+    parts = (change(part) for part in x.flatten(0, 1).split(max(1, LIMIT // width)))
+    return _joined(parts, x.shape[0] * x.shape[1]).unflatten(0, x.shape[:2])
 
 
 def by_rows(
@@ -52,10 +51,8 @@ def by_rows(
     """
     if not _pays(x, width):
         return after(middle(before(x), grid))
-    parts = [
-        after(hidden) for image in x.split(1) for hidden in _in_strips(image, grid, LIMIT // width, before, middle)
-    ]
-    return torch.cat(parts, dim=1).view(x.shape[0], x.shape[1], -1)
+    strips = (strip for image in x.split(1) for strip in _in_strips(image, grid, LIMIT // width, before, middle))
+    return _joined((after(strip[0]) for strip in strips), x.shape[0] * x.shape[1]).unflatten(0, x.shape[:2])
 
 
 def _in_strips(
@@ -77,6 +74,17 @@ def _in_strips(
         top, seen, above = max(start - 1, 0), below, hidden[:, -2 * width :]
         strip = middle(hidden, (below - top, width))
         yield strip[:, (start - top) * width : (end - top) * width]
+
+
+def _joined(parts: Iterator[Tensor], tokens: int) -> Tensor:
+    """Return parts ``(n, C)`` one behind the other, ``(tokens, C)``, without all of them in memory twice."""
+    whole, start = torch.empty(0), 0
+    for part in parts:
+        if start == 0:
+            whole = part.new_empty(tokens, part.shape[-1])
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole
 
 
 def _pays(x: Tensor, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -91,7 +92,7 @@ class ViT(Backbone):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the normalised tokens ``(B, R + N, C)``, class and register tokens first."""
-        *_, (x, _) = self.block_outputs(images)
+        x, _ = deque(self.block_outputs(images), maxlen=1).pop()  # no other block's output stays in memory
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +83,100 @@ def kernels(
         memory=memory,
     )
     for line in kernel_lines(wanted.quick() if quick else wanted, out):
+        typer.echo(line)
+
+
+@app.command()
+def backbones(
+    models: Annotated[
+        str | None,
+        typer.Option(
+            "--models",
+            metavar="NAME,NAME:PEER,...",
+            help="Backbones, with a timm model of your choice or the usual one; default: one of each family.",
+        ),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option("--sizes", metavar="PIXELS,...", help="Sides of the images; the two largest give the growth.")
+    ] = "224,448,896",
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images at once at 224 pixels, fewer of larger ones; for images/s.")
+    ] = 4,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: as many as PyTorch takes.")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds at most; the fastest counts.")] = 4,
+    budget: Annotated[
+        float, typer.Option("--budget", min=0, help="Seconds per group of models and size; then no further round.")
+    ] = 10.0,
+    training: Annotated[bool, typer.Option("--training", help="Forward and backward, not inference.")] = False,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory too.")] = True,
+    blocks: Annotated[bool, typer.Option("--blocks/--no-blocks", help="Compare single blocks with Swin's too.")] = True,
+    json: Annotated[Path | None, typer.Option("--json", help="File that takes all figures.")] = None,
+) -> None:
+    """Time backbones against timm's models of equal size: latency, images per second, peak memory, growth."""
+    from vislm.bench.backbones.run import Bench, backbone_lines
+    from vislm.cli._sizes import parse_sizes
+
+    wanted = Bench(
+        sizes=[parse_sizes("--sizes", size, axes=1)[0] for size in sizes.split(",")],
+        batch=batch,
+        repeats=repeats,
+        budget=budget,
+        training=training,
+        memory=memory,
+        blocks=blocks,
+    )
+    if models is not None:
+        wanted = replace(wanted, models=models.split(","))
+    if threads is not None:
+        wanted = replace(wanted, threads=threads)
+    for line in backbone_lines(wanted, json):
+        typer.echo(line)
+
+
+@app.command()
+def pruning(
+    tokens: Annotated[int, typer.Option("--tokens", help="Visual tokens: 729 (one crop), or more (tiles).")] = 729,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="NAME,...", help="Pruning methods.")
+    ] = "divprune,fastv,flowcut,visionzip,pyramiddrop,sparsevlm",
+    keeps: Annotated[str, typer.Option("--keep", metavar="RATIO,...", help="Shares of the tokens.")] = "0.5,0.25,0.1",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds at most; the fastest counts.")] = 2,
+    budget: Annotated[float, typer.Option("--budget", min=0, help="Seconds; then no further round starts.")] = 300.0,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16; auto: the faster one.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: as many as PyTorch takes.")] = None,
+    tower_layers: Annotated[int | None, typer.Option("--tower-layers", min=1, help="Fewer than the true 26.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=2, help="Decoder layers, fewer than the 24.")] = None,
+    field: Annotated[
+        bool, typer.Option("--field/--no-field", help="Also run eager attention that returns its maps.")
+    ] = True,
+    json: Annotated[Path | None, typer.Option("--json", help="File that takes all figures.")] = None,
+) -> None:
+    """Prune a model of LLaVA-OneVision-0.5B's true shape: share of the saving realised, scoring, cache, memory."""
+    from dataclasses import replace
+
+    from vislm.bench.pruning.run import Bench, pruning_lines
+    from vislm.errors import UsageError
+
+    try:
+        ratios = tuple(float(keep) for keep in keeps.split(","))
+    except ValueError as error:
+        raise UsageError(f"--keep {keeps!r}: expected ratios joined by commas, such as 0.5,0.25") from error
+    wanted = Bench(
+        tokens=tokens,
+        methods=tuple(methods.split(",")),
+        keeps=ratios,
+        rounds=rounds,
+        budget=budget,
+        dtype=dtype,
+        device=device,
+        tower_layers=tower_layers,
+        layers=layers,
+        field=field,
+    )
+    if threads is not None:
+        wanted = replace(wanted, threads=threads)
+    for line in pruning_lines(wanted, json):
         typer.echo(line)
 
 

@@ -26,7 +26,8 @@ from vislm.bench.kernels.plan import DIRECTIONS, Direction, calls_of, cases_of
 from vislm.kernels.scratch import release_scratch
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_ALWAYS_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+ALWAYS_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+"""Environment of a process whose C library gives freed memory back at once."""
 Peaks = Mapping[str, Mapping[Direction, int]]
 
 
@@ -40,7 +41,7 @@ def peak_memory(setting: Setting) -> Peaks:
         return {}
     done = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(asdict(setting))],
-        env=os.environ | _ALWAYS_RETURN,
+        env=os.environ | ALWAYS_RETURN,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -53,7 +54,7 @@ def main(order: str) -> None:
     given = json.loads(order)
     setting = Setting(**given | {"grid": tuple(given["grid"]), "peers": tuple(given["peers"])})
     torch.set_num_threads(setting.threads)
-    measure = _resident_peak if setting.device == "cpu" else _cuda_peak
+    measure = resident_peak if setting.device == "cpu" else _cuda_peak
     cases = [case for case in cases_of(setting) if isinstance(case, Case)]
     peaks: dict[str, dict[str, int]] = {case.name: {} for case in cases}
     for direction in DIRECTIONS:
@@ -65,7 +66,7 @@ def main(order: str) -> None:
     print(json.dumps(peaks))
 
 
-def _resident_peak(call: Callable[[], object]) -> int:
+def resident_peak(call: Callable[[], object]) -> int:
     """Return by how many bytes the process's resident memory grows at most during the second call."""
     call()
     release_scratch()  # it would count as there before the call

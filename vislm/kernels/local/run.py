@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vislm.kernels.bias import AxialBias, RelativeBias, tensors_of
 from vislm.kernels.bias_rows import grid_sizes
@@ -60,22 +62,39 @@ def prepared(request: AttentionRequest, value: Tensor, wants_lse: bool) -> tuple
 
 def _additive(plan: Plan, bias: RelativeBias | None, key_heads: int, dtype: torch.dtype) -> Tensor:
     """Return the relative bias and the mask of each kind of tile, (Hkv or 1, kinds, G or 1, Q, P + S)."""
-    hidden = torch.zeros(plan.allowed.shape, dtype=dtype, device=plan.allowed.device)
-    hidden = hidden.masked_fill_(~plan.allowed, -torch.inf)[None, :, None]
     if bias is None:
-        return hidden
-    kinds, queries, keys = plan.allowed.shape
-    index = torch.zeros((), dtype=torch.long, device=hidden.device)
-    axes = len(plan.spans)
-    for axis, (offset, size) in enumerate(zip(plan.offsets, bias.table.shape[1:], strict=True)):
+        return _mask(plan, dtype)
+    # Two more entries: for prefix keys, and for hidden ones.
+    entries = bias.table.to(dtype).flatten(1)
+    entries = torch.cat(
+        (entries, entries.new_zeros(len(entries), 1), entries.new_full((len(entries), 1), -torch.inf)), 1
+    )
+    index = _bias_index(plan, tuple(bias.table.shape[1:]), tuple(bias.origins))
+    tiles = entries.index_select(1, index).unflatten(1, plan.allowed.shape)
+    return tiles.unflatten(0, (key_heads, -1) if len(entries) > 1 else (1, 1)).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a later call may need gradients
+def _mask(plan: Plan, dtype: torch.dtype) -> Tensor:
+    hidden = torch.zeros(plan.allowed.shape, dtype=dtype, device=plan.allowed.device)
+    return hidden.masked_fill_(~plan.allowed, -torch.inf)[None, :, None]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _bias_index(plan: Plan, sizes: tuple[int, ...], origins: tuple[int, ...]) -> Tensor:
+    """Return for each kind, query and key its entry in a flattened table of ``sizes``, or the two behind; flat."""
+    (kinds, queries, _), axes = plan.allowed.shape, len(plan.spans)
+    index = torch.zeros((), dtype=torch.long, device=plan.allowed.device)
+    for axis, (offset, size) in enumerate(zip(plan.offsets, sizes, strict=True)):
         view = [1] * axes
         view[axis] = -1
-        index = index * size + (offset + bias.origins[axis]).unflatten(-1, view)
+        index = index * size + (offset + origins[axis]).unflatten(-1, view)
     index = index.expand(kinds, queries, *plan.spans).flatten(2)
-    entries = bias.table.to(dtype).flatten(1)[:, index]
-    entries = torch.cat((entries.new_zeros(*entries.shape[:3], keys - math.prod(plan.spans)), entries), dim=-1)
-    heads = (key_heads, -1) if len(entries) > 1 else (1, 1)
-    return entries.unflatten(0, heads).transpose(1, 2) + hidden
+    entries = math.prod(sizes)
+    index = pad(index, (plan.allowed.shape[2] - index.shape[2], 0), value=entries)
+    return index.masked_fill(~plan.allowed, entries + 1).flatten()
 
 
 def _may_hide(bias: object) -> bool:
