@@ -61,9 +61,16 @@ def _key(image) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 
-if __name__ == "__main__":  # a process to be killed: FOLDER OUT DELAY
+if __name__ == "__main__":  # a process to be launched and killed: FOLDER OUT DELAY [FOLDER THAT IT KNOWS]
+    from vislm.errors import VislmError
     from vislm.eval.benchmarks import load_benchmark
+    from vislm.eval.processes import launched
     from vislm.eval.runner import run
 
     source, target, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-    run(load_benchmark("pope", source), Oracle.of_folder(source, delay=pause), target, batch_size=4)
+    try:
+        with launched() as world:
+            oracle = Oracle.of_folder(Path((sys.argv[4:] or [source])[0]), delay=pause)
+            run(load_benchmark("pope", source), oracle, target, batch_size=4, world=world)
+    except VislmError as error:
+        sys.exit(f"error: {error}")

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from vislm.cli import (
+    analyze,
     ask,
     bench,
     calibrate_heads,
@@ -50,6 +51,7 @@ app.command("explain-prune")(explain_prune.explain_prune)
 app.command("tune-pruning")(tune_pruning.tune_pruning)
 app.command("calibrate-heads")(calibrate_heads.calibrate_heads)
 app.command("carve")(carve.carve)
+app.command("analyze")(analyze.analyze)
 app.command("demo")(demo.demo)
 
 

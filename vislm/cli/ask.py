@@ -19,10 +19,21 @@ def ask(
     dtype: Dtype = None,
     device: Device = "cpu",
     details: Annotated[bool, typer.Option("--details", help="Also print what the run did.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Also answer without pruning, a few times in turn, and compare the costs.")
+    ] = False,
 ) -> None:
     """Ask a model about a picture, with pruned visual tokens and reweighted heads if you like."""
     methods = interventions(prune, heads)
     lmm = load(model, dtype, device)
+    if stats:
+        from vislm.lmm.measuring import compare
+        from vislm.report.run_table import run_lines
+
+        others = interventions(None, heads)
+        found = compare(lmm, image, question, interventions(prune, None), others, max_new_tokens=max_new_tokens)
+        typer.echo("\n".join([found.answer, *run_lines(found.pruned, found.full)]))
+        return
     with lmm.using(*methods):
         typer.echo(lmm.ask(image, question, max_new_tokens=max_new_tokens))
     if details and lmm.last_run:

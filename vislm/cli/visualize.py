@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vislm.cli._options import Device, Dtype, Heads, Image, Model, Prune, interventions, load
+from vislm.cli import visualize_tokens
+from vislm.cli._options import Device, Dtype, Image, Model, interventions, load
 
 app = typer.Typer(help="Draw what a method does.", no_args_is_help=True)
 
@@ -20,31 +21,7 @@ def _visualize() -> None:
     """Draw what a method does."""
 
 
-@app.command()
-def tokens(
-    image: Image,
-    out: Out = Path("tokens.png"),
-    model: Model = "vislm-tiny",
-    prune: Prune = None,
-    heads: Heads = None,
-    question: Question = "Describe the image.",
-    dtype: Dtype = None,
-    device: Device = "cpu",
-) -> None:
-    """Draw the visual tokens that are left after each stage of every pruning method over the picture."""
-    from vislm.errors import UsageError
-    from vislm.report.tokens import token_figure
-
-    if not prune:
-        raise UsageError("nothing to draw: name a method, e.g. --prune flowcut:keep=16 (vislm list pruning)")
-    lmm = load(model, dtype, device)
-    rows = []
-    for spec in prune:
-        with lmm.using(*interventions([spec], heads)):
-            answer = lmm.ask(image, question)
-        rows.append((spec, answer, lmm.last_run))
-    token_figure(image, rows, lmm.adapter, out, processor=lmm.processor)
-    typer.echo(f"written to {out}")
+app.command()(visualize_tokens.tokens)
 
 
 @app.command()

@@ -1,17 +1,17 @@
-"""A benchmark = samples, what to ask, and a pure function from answers to metrics."""
+"""POPE and CHAIR as benchmarks, and building a benchmark by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
-
-from PIL import Image
+from typing import Any
 
 from vislm.errors import AnnotationError, UnknownName
 from vislm.eval import chair, pope
 from vislm.eval.coco import CocoFolder, read_coco_folder
+from vislm.eval.protocol import Benchmark, Control, Figure, Row, Rows, Sample, Verdict
 from vislm.eval.scene_pope import oracle_table, scene_questions
 from vislm.eval.vocabulary import Vocabulary, coco_vocabulary, vocabulary_of
 
@@ -21,63 +21,9 @@ BENCHMARKS = {
 }
 """Name -> one line."""
 
-Control = Literal["none", "grey"]
-"""grey: every picture is replaced by a plain grey one; what is still right comes from language alone."""
-
 
 @dataclass(frozen=True)
-class Sample:
-    """One thing to ask."""
-
-    id: str
-    image: Path
-    prompt: str
-
-
-class Benchmark(Protocol):
-    """What the runner needs."""
-
-    @property
-    def name(self) -> str:
-        """Short name."""
-        ...
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Upper limit of an answer."""
-        ...
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """Words whose logits the scorer wants."""
-        ...
-
-    @property
-    def control(self) -> Control:
-        """What the model gets to see."""
-        ...
-
-    @property
-    def samples(self) -> Sequence[Sample]:
-        """All samples, with unique ids."""
-        ...
-
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What a result must state besides the model: prompt, parser, how questions were chosen."""
-        ...
-
-    def score(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return metrics from the finished rows (id -> row); needs no model."""
-        ...
-
-    def groups(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the figures of each object."""
-        ...
-
-
-@dataclass(frozen=True)
-class Pope:
+class Pope(Benchmark):
     """POPE. Questions that several splits share are asked once."""
 
     questions: Sequence[pope.Question]
@@ -88,24 +34,50 @@ class Pope:
     control: Control = "none"
     objects: Mapping[str, Sequence[str]] = field(default_factory=dict)
     themes: Mapping[str, str | None] = field(default_factory=dict)
-    name: str = "pope"
-    max_new_tokens: int = 8
-    candidates: tuple[str, ...] = ("yes", "no")
+    name = "pope"
+    max_new_tokens = 8
+    figures = (
+        Figure("accuracy"),
+        Figure("f1", "f1", ("label", "answer")),
+        Figure("yes_ratio", "mean", ("answer",), better="neither"),
+        Figure("auroc", "auroc", ("label", "margin")),
+    )
 
-    @property
+    @cached_property
     def samples(self) -> list[Sample]:
         """One sample per different pair of image and question."""
+        first = {key: asked[0] for key, asked in self._asked.items()}
         return [
-            Sample(key, self.paths[image], text)
-            for key, (image, text) in {_key(q): (q.image, q.text) for q in self.questions}.items()
+            Sample(key, (self.paths[q.image],), q.text, truth=q.label, candidates=("yes", "no"))
+            for key, q in first.items()
         ]
+
+    @cached_property
+    def _asked(self) -> dict[str, list[pope.Question]]:
+        """Sample id -> the questions of the splits that it answers."""
+        found: dict[str, list[pope.Question]] = {}
+        for question in self.questions:
+            found.setdefault(_key(question), []).append(question)
+        return found
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Parser and origin of the questions."""
-        return {"questions": self.how, "parser": self.rule, "n_questions": len(self.questions), "control": self.control}
+        return {"questions": self.how, "parser": self.rule, "n_questions": len(self.questions)}
 
-    def score(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def parse(self, row: Row) -> Verdict:
+        """Return yes, no, or what the rule makes of other answers."""
+        asked, answer = self._asked[row["id"]], pope.parse(row["text"], self.rule)
+        values = {"label": float(asked[0].label == "yes"), "answer": float(answer == "yes")}
+        margin = _margin(row)
+        if margin is not None:
+            values["margin"] = margin
+        parts = tuple(dict.fromkeys(q.split for q in asked))
+        if answer == "dropped":
+            return Verdict(None, None, {}, parts)
+        return Verdict(answer, float(answer == asked[0].label), values, parts)
+
+    def aggregate(self, rows: Rows) -> dict[str, Any]:
         """Return the metrics of each split and, as "mean", of all of them unweighted."""
         result: dict[str, Any] = {}
         answered = [(q, rows[_key(q)]) for q in self.questions if _key(q) in rows]
@@ -117,9 +89,9 @@ class Pope:
             result["oracles"] = oracle_table(self.questions, self.objects, self.themes)
         return result
 
-    def groups(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def groups(self, rows: Rows) -> dict[str, dict[str, Any]]:
         """Return the metrics of the questions about each object, all splits together."""
-        found: dict[str, list[tuple[pope.Question, Mapping[str, Any]]]] = {}
+        found: dict[str, list[tuple[pope.Question, Row]]] = {}
         for question in self.questions:
             name = pope.object_of(question.text)
             if name and _key(question) in rows:
@@ -127,9 +99,8 @@ class Pope:
         keys = ("n", "accuracy", "recall", "yes_ratio")
         return {name: {k: self._metrics(found[name])[k] for k in keys} for name in sorted(found)}
 
-    def _metrics(self, answered: Sequence[tuple[pope.Question, Mapping[str, Any]]]) -> dict[str, Any]:
-        logits = [r.get("candidates") or {} for _, r in answered]
-        margins = [c["yes"] - c["no"] for c in logits if "yes" in c and "no" in c]
+    def _metrics(self, answered: Sequence[tuple[pope.Question, Row]]) -> dict[str, Any]:
+        margins = [m for _, r in answered if (m := _margin(r)) is not None]
         return pope.metrics(
             [q.label for q, _ in answered],
             [pope.parse(r["text"], self.rule) for _, r in answered],
@@ -141,8 +112,14 @@ def _key(question: pope.Question) -> str:
     return f"{question.image}|{question.text}"
 
 
+def _margin(row: Row) -> float | None:
+    """Return how much likelier yes is than no, in logits; None where a row lacks them."""
+    logits = row.get("candidates") or {}
+    return logits["yes"] - logits["no"] if "yes" in logits and "no" in logits else None
+
+
 @dataclass(frozen=True)
-class Chair:
+class Chair(Benchmark):
     """CHAIR on captions of the given images."""
 
     paths: Mapping[str, Path]
@@ -151,13 +128,18 @@ class Chair:
     prompt: str = "Please describe this image in detail."
     max_new_tokens: int = 512
     control: Control = "none"
-    name: str = "chair"
-    candidates: tuple[str, ...] = ()
+    name = "chair"
+    figures = (
+        Figure("CHAIR_i", "ratio", ("hallucinated", "mentions"), better="lower"),
+        Figure("CHAIR_s", "mean", ("chair_s",), better="lower"),
+        Figure("Recall", "ratio", ("correct", "objects")),
+        Figure("Length", "mean", ("length",), better="neither"),
+    )
 
-    @property
+    @cached_property
     def samples(self) -> list[Sample]:
         """One caption per image."""
-        return [Sample(image, path, self.prompt) for image, path in self.paths.items()]
+        return [Sample(i, (path,), self.prompt, truth=sorted(self.truth[i])) for i, path in self.paths.items()]
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -167,24 +149,43 @@ class Chair:
             "max_new_tokens": self.max_new_tokens,
             "scorer": "pattern",
             "n_images": len(self.paths),
-            "control": self.control,
         }
 
-    def score(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def parse(self, row: Row) -> Verdict:
+        """Return the objects that the caption names; the score is 1 if none of them is absent."""
+        scored = self._score(row["id"], row["text"])
+        values = {
+            "chair_s": scored.chair_s,
+            "hallucinated": len(scored.hallucinated),
+            "mentions": len(scored.mentions.nodes),
+            "correct": len(scored.correct),
+            "objects": len(scored.truth),
+            "length": len(scored.mentions.tokens),
+        }
+        return Verdict(scored.mentions.nodes, 1.0 - scored.chair_s, values)
+
+    def aggregate(self, rows: Rows) -> dict[str, Any]:
         """Return CHAIR_s, CHAIR_i, Recall and Length over all captions."""
         return chair.overall(list(self.per_caption(rows).values()))
 
-    def groups(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def groups(self, rows: Rows) -> dict[str, dict[str, Any]]:
         """Return for each object its mentions, how many were wrong, and the share of its images that name it."""
         return chair.by_object(list(self.per_caption(rows).values()))
 
-    def per_caption(self, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, chair.CaptionScore]:
+    def per_caption(self, rows: Rows) -> dict[str, chair.CaptionScore]:
         """Return sample id -> its caption's objects, the wrong ones among them, and its own figures."""
-        return {
-            i: chair.score_caption(r["text"], self.truth[i], self.vocabulary)
-            for i, r in rows.items()
-            if i in self.truth
-        }
+        return {i: self._score(i, r["text"]) for i, r in rows.items() if i in self.truth}
+
+    def _score(self, image: str, caption: str) -> chair.CaptionScore:
+        """Score a caption once: verdict, metrics and groups all need it."""
+        known = self._scored
+        if (image, caption) not in known:
+            known[image, caption] = chair.score_caption(caption, self.truth[image], self.vocabulary)
+        return known[image, caption]
+
+    @cached_property
+    def _scored(self) -> dict[tuple[str, str], chair.CaptionScore]:
+        return {}
 
 
 def load_benchmark(
@@ -258,14 +259,3 @@ def _chair(folder: CocoFolder, images: list[int], control: Control, seed: int) -
     if folder.is_scenes:
         return Chair(paths, by_name, vocabulary, "Describe the image.", 64, control)
     return Chair(paths, by_name, vocabulary, control=control)
-
-
-GREY = (128, 128, 128)
-
-
-def picture(sample: Sample, control: Control) -> Image.Image:
-    """Return the sample's picture, decoded with all checks; a plain grey one of its size for the grey control."""
-    from vislm.images import load_image
-
-    image = load_image(sample.image)
-    return Image.new("RGB", image.size, GREY) if control == "grey" else image

@@ -141,6 +141,10 @@ def read_object_table(path: Path, vocabulary: Vocabulary) -> dict[int, set[str]]
     """Read the compact table {image id: [object numbers]} (.json or .json.gz) of a whole data set."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return {int(i): {vocabulary.objects[n] for n in numbers} for i, numbers in json.loads(raw).items()}
-    except (OSError, EOFError, zlib.error, ValueError, IndexError, TypeError, AttributeError) as error:
+        table = {int(i): list(numbers) for i, numbers in json.loads(raw).items()}
+        unknown = [n for numbers in table.values() for n in numbers if type(n) is not int or n < 0]
+        if unknown:
+            raise ValueError(f"object number {unknown[0]!r}")
+        return {i: {vocabulary.objects[n] for n in numbers} for i, numbers in table.items()}
+    except (OSError, EOFError, zlib.error, ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise AnnotationError(f"{path} is not an object table: {error}") from error

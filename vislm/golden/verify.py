@@ -15,6 +15,17 @@ from vislm.golden import checks
 from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, read_fixture
 
 
+MODULES = {
+    "amber discriminative": "amber",
+    "coco caption metrics": "coco_caption",
+    "mme": "vqa",
+    "scienceqa": "vqa",
+    "vqa answer normalisation": "vqa",
+    "vqa answer normalisation / textvqa accuracy": "vqa",
+}
+"""A fixture's method -> its check's module, where they differ."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What came of one fixture."""
@@ -57,13 +68,13 @@ def _verify(path: Path, case: str, data_dirs: list[Path]) -> Verdict:
     except AnnotationError as error:
         return Verdict("?", case, "unknown", reason=str(error))
     handled = {m.name for m in pkgutil.iter_modules(checks.__path__)}
-    if fixture.method not in handled:
+    if MODULES.get(fixture.method, fixture.method) not in handled:
         return Verdict(fixture.method, case, "unknown", reason=f"no check for the method {fixture.method!r}")
     return _run(fixture, case)
 
 
 def _run(fixture: Fixture, case: str) -> Verdict:
-    check = import_module(f"{checks.__name__}.{fixture.method}").check
+    check = import_module(f"{checks.__name__}.{MODULES.get(fixture.method, fixture.method)}").check
     try:
         outcomes = list(check(fixture))
     except Unhandled as reason:

@@ -15,6 +15,8 @@ from vislm.report.png import ACCENT
 
 FADE = 0.82
 """How far a dropped patch is moved from its grey value towards white."""
+TINT = 0.5
+"""How far a merged patch is moved from its grey value towards its group's colour."""
 _TARGET_SIDE = 384
 """Overlays are drawn with about this many pixels on the longer side."""
 
@@ -66,17 +68,43 @@ def kept_overlay(image: Image.Image, grid: Grid, kept: Collection[int]) -> Image
         raise UsageError(f"a grid of {grid.height} x {grid.width} patches has nothing to draw")
     if any(index < 0 for index in kept):
         raise UsageError(f"token index {min(kept)} is negative; indices count from 0 within the image")
-    cell = max(6, round(_TARGET_SIDE / max(grid.height, grid.width)))
-    size = (grid.width * cell, grid.height * cell)
+    alive = kept_map(grid, kept)
+    return patch_overlay(image, alive, np.full(alive.shape, -1))
+
+
+def patch_overlay(image: Image.Image, alive: np.ndarray, group: np.ndarray) -> Image.Image:
+    """Return the picture with dropped patches faded, patches that were merged tinted, and the other ones clear.
+
+    Args:
+        image: what the patches cover.
+        alive: (rows, columns) bool, False on dropped patches.
+        group: (rows, columns) int64; merged patches with the same number get the same colour, -1 is not tinted.
+    """
+    rows, columns = alive.shape
+    cell = max(6, round(_TARGET_SIDE / max(rows, columns)))
+    size = (columns * cell, rows * cell)
     enlarged = min(size[0] / image.width, size[1] / image.height) >= 2.0
     clear = image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
-    alive = kept_map(grid, kept).repeat(cell, 0).repeat(cell, 1)
     pixels = np.asarray(clear, dtype=np.float32)
     grey = np.asarray(clear.convert("L"), dtype=np.float32)[..., None]
     faded = (grey + FADE * (255.0 - grey)).round()
-    drawn = np.where(alive[..., None], pixels, faded).astype(np.uint8)
+    tinted = np.where((group >= 0)[..., None], colours(group), 0.0).repeat(cell, 0).repeat(cell, 1)
+    in_group = (group >= 0).repeat(cell, 0).repeat(cell, 1)[..., None]
+    coloured = (grey + TINT * (tinted - grey)).round()
+    alive = alive.repeat(cell, 0).repeat(cell, 1)
+    drawn = np.where(in_group, coloured, pixels)
+    drawn = np.where(alive[..., None], drawn, faded).astype(np.uint8)
     drawn[_outline(alive, thickness=max(1, cell // 24))] = _rgb(ACCENT)
     return Image.fromarray(drawn)
+
+
+def colours(group: np.ndarray) -> np.ndarray:
+    """Return (..., 3) float32 colours 0..255 of whole numbers; neighbouring numbers get hues far apart."""
+    hue = (np.maximum(group, 0) * 0.618034) % 1.0
+    light = np.where(np.maximum(group, 0) % 2 == 0, 0.95, 0.7)
+    phase = (hue[..., None] * 6.0 + np.array([5.0, 3.0, 1.0])) % 6.0
+    pure = 1.0 - 0.85 * np.clip(np.minimum(phase, 4.0 - phase), 0.0, 1.0)
+    return (255.0 * light[..., None] * pure).astype(np.float32)
 
 
 def _outline(alive: np.ndarray, thickness: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pictures of the visual tokens that are left after each stage of a run."""
+"""Pictures of the visual tokens that are kept, merged or dropped at each stage of a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from vislm.errors import UsageError
 from vislm.images import load_image
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.adapters.llava import Grid
 from vislm.lmm.model import ImageSource
 from vislm.lmm.run import Run
-from vislm.report.overlay import kept_map, kept_overlay, seen_picture
+from vislm.report.overlay import patch_overlay, seen_picture
 from vislm.report.panels import Panel, panel_figure
+from vislm.report.token_views import DROPPED, fates, views
 
 _PER_ROW = 4
 
@@ -28,10 +29,11 @@ def token_figure(
     *,
     processor: Any | None = None,
     number: int = 0,
+    tower: bool = False,
 ) -> Path:
-    """Draw one panel per stage (and per grid of a tiled model) and one row per method; write a PNG, return its path.
+    """Draw one panel per stage (and per view of a tiled model) of every method; write a PNG, return its path.
 
-    Methods with a single panel each stand side by side.
+    Methods stand side by side while they fit into a row.
 
     Args:
         image: the picture that the runs are about.
@@ -40,19 +42,28 @@ def token_figure(
         out: PNG file to write.
         processor: the model's processor; says whether the tower sees the whole picture or its centre.
         number: which image of the runs to draw.
+        tower: draw what is left inside the vision tower too, wherever a method prunes there.
 
     Raises:
         UsageError: no rows, or a run without that image.
     """
     picture = load_image(image)
     panels = [
-        token_panels(picture, label, answer, run, adapter, processor=processor, number=number)
+        token_panels(picture, label, answer, run, adapter, processor=processor, number=number, tower=tower)
         for label, answer, run in rows
     ]
-    if all(len(row) == 1 for row in panels):  # one picture per method: side by side
-        single = [row[0] for row in panels]
-        panels = [single[i : i + _PER_ROW] for i in range(0, len(single), _PER_ROW)]
-    return panel_figure(panels, Path(out))
+    return panel_figure(_side_by_side(panels), Path(out))
+
+
+def _side_by_side(methods: Sequence[list[Panel]]) -> list[list[Panel]]:
+    """Return rows of panels: methods stand beside each other while they fit, longer ones continue below."""
+    rows: list[list[Panel]] = []
+    for panels in methods:
+        if rows and len(rows[-1]) + len(panels) <= _PER_ROW:
+            rows[-1] += panels
+        else:
+            rows += [panels[i : i + _PER_ROW] for i in range(0, len(panels), _PER_ROW)]
+    return rows
 
 
 def token_panels(
@@ -64,38 +75,40 @@ def token_panels(
     *,
     processor: Any | None = None,
     number: int = 0,
+    tower: bool = False,
 ) -> list[Panel]:
-    """Return the panels of one run: per stage and grid, kept patches clear and dropped ones faded.
+    """Return the panels of one run: per stage and view, kept patches clear, merged ones tinted, dropped ones faded.
 
-    A run that dropped nothing gives one panel per grid with every patch clear. Arguments as in :func:`token_figure`.
+    Patches that were merged into one token have one colour. A run that dropped nothing gives one panel per view with
+    every patch clear. Arguments as in :func:`token_figure`.
     """
     if not 0 <= number < len(run.visual_tokens):
         raise UsageError(f"image number {number}: the run of {label!r} saw {len(run.visual_tokens)} images")
-    stages = [(_stage_name(stage.where), stage.index[number]) for stage in run.stages]
-    stages = stages or [("nothing dropped", list(range(run.visual_tokens[number])))]
-    grids = image_grids(run, adapter, number)
     seen = seen_picture(image, adapter, processor)
+    shown = views(run, adapter, number, image.width / image.height)
     panels = []
-    for name, kept in stages:
-        for place, grid in enumerate(grids):
-            view = "" if len(grids) == 1 else ("base view: " if place == 0 else "tiles: ")
-            alive = int(kept_map(grid, kept).sum())
-            subtitle = f"{view}{alive} of {grid.height * grid.width} tokens, {name}"
-            panels.append(Panel(kept_overlay(seen, grid, kept), label, subtitle, answer))
+    for fate in fates(run, number, tower):
+        merged = np.where(fate.merged(), fate.owner, DROPPED)
+        for view in shown:
+            owner, group = fate.owner[view.tokens], merged[view.tokens]
+            count = int(np.isin(view.tokens, fate.kept).sum())
+            name = f"{view.name}: " if view.name else ""
+            subtitle = f"{name}{count} of {view.tokens.size} tokens, {fate.where}"
+            picture = patch_overlay(seen, owner != DROPPED, _numbered(group))
+            panels.append(Panel(picture, label, subtitle, f"{_merging(owner, group)}{answer}"))
     return panels
 
 
-def image_grids(run: Run, adapter: Adapter, number: int = 0) -> list[Grid]:
-    """Return where the tokens of an image of the run lie.
-
-    A run that pruned only inside the language model kept no features to tell a tiled image's layout from: then the
-    grid of the base view is all that is certain.
-    """
-    if run.features is not None:
-        return adapter.grids(run.features[number])
-    rows, columns = adapter.patch_grid
-    return [Grid(rows, columns, start=0, row_stride=columns)]
+def _numbered(group: np.ndarray) -> np.ndarray:
+    """Return the groups of merged patches numbered from 0 in order of their seats; -1 stays."""
+    seats = np.unique(group[group != DROPPED])
+    return np.where(group == DROPPED, -1, np.searchsorted(seats, group))
 
 
-def _stage_name(where: str) -> str:
-    return "all layers" if where == "prompt" else f"{where} on"
+def _merging(owner: np.ndarray, group: np.ndarray) -> str:
+    """Say how many patches were merged into how many tokens; nothing if none was."""
+    patches = int((group != DROPPED).sum())
+    if not patches:
+        return ""
+    tokens, dropped = len(np.unique(group[group != DROPPED])), int((owner == DROPPED).sum())
+    return f"{patches} patches merged into {tokens}, {dropped} dropped\n"
