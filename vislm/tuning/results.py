@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vislm.files import atomic_write
+from vislm.lmm.interventions import Intervention
 from vislm.tuning.study import Result, Tried
 
 
@@ -102,4 +104,8 @@ def _figure(tried: Tried) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """Return an option as YAML holds it; a method inside a method becomes {method, options}."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        options = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"method": cast(Intervention, value).name, "options": options}
     return list(value) if isinstance(value, tuple) else value
