@@ -76,10 +76,13 @@ def test_memory_growth() -> None:
 def test_compare(monkeypatch) -> None:
     lmm = load_lmm()
     scene = next(generate_scenes(1, 77))
-    asked = []
-    monkeypatch.setattr(
-        type(lmm), "ask", lambda self, *a, ask=type(lmm).ask, **k: asked.append(1) or ask(self, *a, **k)
-    )
+    asked, ask = [], type(lmm).ask
+
+    def counted(self, *args, **options):
+        asked.append(1)
+        return ask(self, *args, **options)
+
+    monkeypatch.setattr(type(lmm), "ask", counted)
     found = compare(lmm, scene.image, "Is there a dog?", [FlowCut(keep=16)], [VHR()], rounds=2, max_new_tokens=3)
     assert len(asked) == 1 + 2 * 2 + 2
     assert found.pruned.visual_tokens_kept == [16]

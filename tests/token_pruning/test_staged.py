@@ -22,6 +22,13 @@ def test_the_tower_overshoots_and_the_selection_meets_the_budget(selection) -> N
     assert run.visual_tokens_kept == [4]
 
 
+def test_a_ratio_is_of_the_whole_image() -> None:
+    model, inputs = models.llava(), one_image("llava")
+    _, _, run = generate(model, inputs, Staged(keep=0.25, tower=FlowCut(), selection=DivPrune(), overshoot=2.0))
+    assert run.tower_tokens[-1] == 8
+    assert run.visual_tokens_kept == [4]
+
+
 def test_without_calibration_it_is_the_two_methods_side_by_side() -> None:
     model, inputs = models.llava(), one_image("llava")
     method = Staged(keep=4, tower=FlowCut(), selection=DivPrune(), calibrate=False)

@@ -34,19 +34,21 @@ def max_min_diversity(tokens: Tensor, count: int) -> Tensor:
     The first is the token whose nearest neighbour is farthest; then always the one farthest from all selected.
     """
     unit = functional.normalize(tokens.float(), dim=-1)
-    # all similarities at once cost one product; row by row, each step would read all tokens again
-    similarity = unit @ unit.T if len(unit) <= WHOLE else None
-    isolation = torch.cat([_nearest(unit, start) for start in range(0, len(unit), ROWS)])
+    similarity = None
+    if len(unit) <= WHOLE:  # one product; row by row, every step would read all tokens again
+        similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+        isolation = 1.0 - similarity.amax(-1)
+    else:
+        isolation = torch.cat([_nearest(unit, start) for start in range(0, len(unit), ROWS)])
     selected = torch.empty(min(count, len(unit)), dtype=torch.int64, device=tokens.device)
     distance = torch.full_like(isolation, torch.inf)
-    next_one = isolation.argmax()
+    farthest = isolation.argmax()
     for step in range(len(selected)):  # nothing here waits for the device
-        selected[step] = next_one
-        chosen = next_one.view(1)
-        near = (unit if similarity is None else similarity).index_select(0, chosen)[0]
-        near = unit @ near if similarity is None else near
+        selected[step] = farthest
+        chosen = farthest.view(1)
+        near = unit @ unit.index_select(0, chosen)[0] if similarity is None else similarity.index_select(0, chosen)[0]
         distance = torch.minimum(distance, 1.0 - near).index_fill_(0, chosen, -torch.inf)
-        next_one = distance.argmax()
+        farthest = distance.argmax()
     return selected
 
 

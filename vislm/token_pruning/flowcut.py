@@ -18,7 +18,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vislm import kernels
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.attention import AttentionCall
@@ -90,21 +89,22 @@ def expected_patches(alive: int, target: int, remaining: int, ratio: float = TYP
 
 def cls_flow(call: AttentionCall) -> Flow:
     """Return the signals of a tower with CLS at index 0: attention scaled as usual, similarity unscaled."""
-    first = torch.tensor([0], device=call.query.device)
-    attention = call.rows(first)[:, :, 0, 1:].mean(1)
-    value = call.value
-    request = kernels.StatisticsRequest(rows=first)
-    pattern = kernels.Masked(call.mask) if call.mask is not None else kernels.Dense()
-    rows = kernels.attention_statistics(value[:, :, :1], value, request=request, pattern=pattern, scale=1.0).rows
-    assert rows is not None
-    return Flow(attention, rows[:, :, 0, 1:].mean(1), value[:, :, 1:].float().mean(1))
+    query, key, value = call.query[:, :, :1].float(), call.key.float(), call.value.float()
+    allowed = _allowed(call)
+    attention = _one_row(query, key, call.scale, allowed)[..., 1:].mean(1)
+    similarity = _one_row(value[:, :, :1], value, 1.0, allowed)[..., 1:].mean(1)
+    return Flow(attention, similarity, value[:, :, 1:].mean(1))
 
 
 def mean_query_flow(call: AttentionCall) -> Flow:
     """Return the signals of a tower without CLS: the mean query takes its place, and there is no similarity term."""
-    query = call.query.float().mean(2, keepdim=True)
-    rows = _first_row(query, call.key.float(), call.scale)
-    return Flow(rows.mean(1), None, call.value.float().mean(1))
+    query, allowed = call.query.float(), _allowed(call)
+    if allowed is None:
+        query = query.mean(2, keepdim=True)
+    else:  # padding has no part in the mean
+        share = (allowed / allowed.sum(-1, keepdim=True)).unsqueeze(-1)
+        query = (query * share).sum(2, keepdim=True)
+    return Flow(_one_row(query, call.key.float(), call.scale, allowed).mean(1), None, call.value.float().mean(1))
 
 
 def last_token_flow(call: AttentionCall, image_of: Tensor) -> Tensor:
@@ -121,18 +121,24 @@ def last_token_flow(call: AttentionCall, image_of: Tensor) -> Tensor:
         span = image_of[row] == image
         last = slice(row, row + 1)
         v = value[last][:, :, span]
-        attention = _first_row(query[last], key[last][:, :, span], scale).mean(1)
-        similarity = _first_row(value[last, :, -1:], v, scale).mean(1)
+        attention = _one_row(query[last], key[last][:, :, span], scale).mean(1)
+        similarity = _one_row(value[last, :, -1:], v, scale).mean(1)
         scores[row, span] = importance(Flow(attention, similarity, v.mean(1)))[0]
     return scores
 
 
-def _first_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Return softmax(query[0] . key) (B, H, Nk) for a single query."""
-    request = kernels.StatisticsRequest(rows=torch.tensor([0], device=query.device))
-    rows = kernels.attention_statistics(query, key, request=request, scale=scale).rows
-    assert rows is not None
-    return rows[:, :, 0]
+def _one_row(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None = None) -> Tensor:
+    """Return softmax(query . key scale) (B, H, Nk) of a query (B, H, 1, d), keys (B, G, Nk, d), allowed (B, 1, Nk)."""
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    logits = (grouped @ key.transpose(2, 3)).flatten(1, 2) * scale
+    return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(-1)
+
+
+def _allowed(call: AttentionCall) -> Tensor | None:
+    """Return the tokens (B, 1, Nk) bool of a tower's call that are no padding; None if none is."""
+    if call.mask is None:
+        return None
+    return call.allowed(torch.tensor([0], device=call.query.device))[:, :, 0]
 
 
 @dataclass(frozen=True)

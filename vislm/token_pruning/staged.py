@@ -47,18 +47,23 @@ class Staged:
         if self.tower is None and self.selection is None:
             raise UsageError("staged needs a tower method, a selection, or both: tower=flowcut,selection=divprune")
         stages: list[Stage] = []
+        keep = self.keep
         if self.tower is not None:
-            stages += self._tower(adapter)
+            patches = self._patches(adapter)
+            keep = token_count(self.keep, patches)  # the selection sees survivors only: a ratio is of the whole image
+            stages += self._tower(adapter, keep, patches)
         if self.selection is not None:
-            stages += self._with_budget(self.selection, self.keep, adapter, PromptStage, "before the language model")
+            stages += self._with_budget(self.selection, keep, adapter, PromptStage, "before the language model")
         return stages
 
-    def _tower(self, adapter: Adapter) -> list[Stage]:
+    def _patches(self, adapter: Adapter) -> int:
         if adapter.patch_grid is None or adapter.crops_per_image != 1:
             raise PlanConflict(f"staged: the tower of {adapter.family} sees no fixed number of patches per image")
         rows, columns = adapter.patch_grid
-        budget = token_count(self.keep, rows * columns)
-        target = min(rows * columns, round(budget * (self.overshoot if self.selection is not None else 1.0)))
+        return rows * columns
+
+    def _tower(self, adapter: Adapter, budget: int, patches: int) -> list[Stage]:
+        target = min(patches, round(budget * (self.overshoot if self.selection is not None else 1.0)))
         kinds = (TowerStage, TowerMergeStage)
         return self._with_budget(self.tower, target, adapter, kinds, "inside the vision tower")
 

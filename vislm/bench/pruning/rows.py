@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vislm.bench.pruning.cases import Measured
@@ -12,9 +13,18 @@ TARGETS = {"prefill": 0.95, "all": 0.90, "scoring": 0.03}
 the unpruned prefill."""
 
 
+PHASES = ("tower", "prompt", "prefill")
+
+
+def _least(rounds: Sequence[Measured]) -> float:
+    """Return the time from pixels to the first word when nothing disturbs: the least of every phase and of the rest."""
+    phases = sum(min(m.run.seconds[phase] for m in rounds) for phase in PHASES)
+    return phases + min(m.seconds - sum(m.run.seconds[phase] for phase in PHASES) for m in rounds)
+
+
 @dataclass(frozen=True)
 class Row:
-    """What was measured; seconds are the fastest of all rounds, those of the untouched model from the same rounds."""
+    """What was measured; seconds are the least of all rounds, phase by phase; the untouched model took part."""
 
     method: str
     keep: float
@@ -52,8 +62,8 @@ class Row:
             visual_tokens=sum(n - text for n in run.layer_tokens) / len(run.layer_tokens),
             prefill=min(m.run.seconds["prefill"] for m in ours),
             full_prefill=min(m.run.seconds["prefill"] for m in full),
-            total=min(m.seconds for m in ours),
-            full_total=min(m.seconds for m in full),
+            total=_least(ours),
+            full_total=_least(full),
             scoring=min(m.run.seconds["scoring"] for m in ours),
             prefill_flops=run.flops["prefill"] / whole.flops["prefill"],
             total_flops=(run.flops["tower"] + run.flops["prefill"]) / (whole.flops["tower"] + whole.flops["prefill"]),

@@ -52,8 +52,8 @@ class Bench:
     tokens: int = ONE_CROP
     methods: Sequence[str] = tuple(SPECS)
     keeps: Sequence[float] = KEEPS
-    rounds: int = 2
-    budget: float = 300.0
+    rounds: int = 4
+    budget: float = 360.0
     dtype: str = "auto"
     device: str = "cpu"
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
@@ -134,7 +134,7 @@ def _description(bench: Bench, subject: Subject) -> Iterator[str]:
     adapter = subject.adapter
     tower, decoder = adapter.tower_shape, DecoderShape.of(adapter.text_config)
     dtype = str(subject.model.dtype).removeprefix("torch.")
-    yield f"{machine()}; {dtype}, {bench.threads} threads; the fastest of {bench.rounds} rounds in which all take turns"
+    yield f"{machine()}; {dtype}, {bench.threads} threads; the least of up to {bench.rounds} rounds, all taking turns"
     reduced = " (fewer than the true 26)" if bench.tower_layers is not None else ""
     yield (
         f"random weights in the shape of {SHAPE}: tower {tower.layers} layers{reduced} x {tower.width}, decoder "
