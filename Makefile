@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 
-.PHONY: demo test lint gpu-audit bench docs clean
+.PHONY: demo test lint gpu-audit bench reliability docs clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ bench: $(VENV)/.installed
 	$(BIN)/vislm bench startup
 	$(BIN)/vislm bench statistics
 	$(BIN)/vislm bench kernels --out out/kernels
+
+reliability: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/reliability.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e ".[docs]"

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import struct
 import tracemalloc
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 
 from vislm.errors import ImageError
-from vislm.images import load_image
+from vislm.images import decode, load_image, pillow_warnings
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -98,6 +101,63 @@ def test_mutated_files_decode_or_raise_our_error(seed, kind) -> None:
 def test_global_switches_stay_as_they_are() -> None:
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     assert Image.MAX_IMAGE_PIXELS == 89_478_485
+
+
+def test_icons_are_measured_by_what_they_hold() -> None:
+    held = bomb(9_000, 9_000)
+    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(held), 22)
+    with pytest.raises(ImageError, match=r"icon\.ico: 9000 x 9000 pixels exceed"):
+        load_image(struct.pack("<HHH", 0, 1, 1) + entry + held, name="icon.ico")
+    assert load_image(encode(Image.new("RGBA", (32, 32), "red"), "ICO", sizes=[(32, 32)])).size == (32, 32)
+    assert load_image(encode(Image.new("RGB", (32, 32)), "ICO", sizes=[(32, 32)], bitmap_format="bmp")).size == (32, 32)
+
+
+def test_texts_in_a_png_are_counted(tmp_path) -> None:
+    info = PngInfo()
+    for number in range(24):
+        info.add_text(f"k{number}", "text " * 100, zip=True)
+    picture = Image.new("RGB", (4, 4))
+    assert load_image(encode(picture, "PNG", pnginfo=info)).size == (4, 4)
+    info.add_text("one", "more", zip=True)
+    (tmp_path / "texts.png").write_bytes(encode(picture, "PNG", pnginfo=info))
+    with pytest.raises(ImageError, match=r"texts\.png: holds more than 24 compressed texts"):
+        load_image(tmp_path / "texts.png")
+
+
+def test_dark_pictures_of_16_bits_stay_dark() -> None:
+    assert load_image(encode(Image.new("I;16", (4, 4), 200), "PNG")).getpixel((0, 0)) == (1, 1, 1)
+    assert load_image(Image.new("I", (4, 4), 200)).getpixel((0, 0)) == (200, 200, 200)
+    assert load_image(Image.new("F", (4, 4), float("nan"))).getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_palettes_with_transparency_lie_on_white() -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 0), 1)
+    for options in ({"transparency": 1}, {"transparency": bytes([255, 0])}):
+        shown = load_image(encode(picture, "PNG", **options))
+        assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_formats_that_run_or_fetch_something_are_unknown() -> None:
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"):
+        with pytest.raises(ImageError, match="not an image in a known format"):
+            load_image(data)
+
+
+def test_a_larger_limit_is_honoured() -> None:
+    data = encode(Image.new("1", (9_000, 8_000)), "PNG")
+    with pytest.raises(ImageError, match="exceed the limit of 64,000,000"):
+        load_image(data)
+    assert load_image(data, max_pixels=80_000_000).size == (9_000, 8_000)
+
+
+def test_warnings_of_the_process_stay_as_they_are(tmp_path) -> None:
+    before = list(warnings.filters)
+    with pillow_warnings(), ThreadPoolExecutor(4) as pool:
+        data = encode(Image.new("RGB", (64, 64)), "JPEG")
+        assert all(picture.size == (64, 64) for picture in pool.map(decode, [data] * 50))
+    assert warnings.filters == before
 
 
 def test_folders_are_not_images(tmp_path) -> None:

@@ -36,9 +36,9 @@ def _methods(kind: str) -> Callable[[], Entries]:
 
 
 def _benchmarks() -> Entries:
-    from vislm.eval.benchmarks import BENCHMARKS
+    from vislm.eval.specs import benchmark_names
 
-    yield from BENCHMARKS.items()
+    yield from benchmark_names().items()
 
 
 def _backends() -> Entries:

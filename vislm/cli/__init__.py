@@ -13,6 +13,7 @@ from vislm.cli import (
     bench,
     calibrate_heads,
     carve,
+    compare,
     data,
     demo,
     evaluate,
@@ -52,6 +53,7 @@ app.command("tune-pruning")(tune_pruning.tune_pruning)
 app.command("calibrate-heads")(calibrate_heads.calibrate_heads)
 app.command("carve")(carve.carve)
 app.command("analyze")(analyze.analyze)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 
 

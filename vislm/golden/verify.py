@@ -14,7 +14,6 @@ from vislm.errors import AnnotationError, UsageError
 from vislm.golden import checks
 from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, read_fixture
 
-
 MODULES = {
     "amber discriminative": "amber",
     "coco caption metrics": "coco_caption",
