@@ -72,4 +72,4 @@ def test_oracles_on_scenes_have_the_known_order(scenes) -> None:
     assert context == sorted(context, reverse=True)
     assert context == pytest.approx([0.852, 0.706, 0.643], abs=0.04)  # measured in the study of the recipe
     assert table["random"]["context_only"]["auroc"] == pytest.approx(0.917, abs=0.03)
-    assert load_benchmark("pope", scenes).score({})["oracles"]
+    assert load_benchmark("pope", scenes).aggregate({})["oracles"]
