@@ -121,3 +121,8 @@ def test_a_method_inside_a_method_in_yaml(tmp_path: Path) -> None:
     path.write_text("method: staged\noptions: {towr: {method: flowcut}}\n")
     with pytest.raises(UnknownName, match="tower"):
         registry.build("pruning", str(path))
+
+
+@pytest.mark.parametrize("name", registry.names("pruning"))
+def test_every_pruning_method_has_the_shared_options(name: str) -> None:
+    assert {"positions", "calibrate"} <= registry.options("pruning", name).keys()

@@ -170,6 +170,8 @@ class FlowCut:
     shared_count: bool = False
     """Let all images of a call drop as many patches as the one that drops most, as the official code does for the
     crops of an image. Off: each crop has its own pace, and a batch gives what its images give alone."""
+    calibrate: bool = False
+    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
     name = "flowcut"
 
     def plan(self, adapter: Adapter) -> Sequence[TowerStage | LanguageStage]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.interventions import ImageView, Positions, PromptStage
-from vislm.lmm.tokens import check_keep, token_count
+from vislm.lmm.random_choice import random_tokens
+from vislm.lmm.tokens import check_keep
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class RandomPruning:
     """Visual tokens per image, or a ratio of them."""
     seed: int = 0
     positions: Positions = "original"
+    calibrate: bool = False
+    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
     name = "random"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:
@@ -32,19 +34,7 @@ class RandomPruning:
         return [PromptStage(self._select, self.positions, expected=lambda alive: alive.after(self.keep))]
 
     def _select(self, view: ImageView) -> Tensor:
-        candidates = view.candidates.nonzero().flatten()
-        count = token_count(self.keep, len(candidates))
-        generator = torch.Generator().manual_seed(self.seed + _content(view.features[candidates]))
-        chosen = torch.randperm(len(candidates), generator=generator)[:count]
-        keep = torch.zeros_like(view.candidates)
-        keep[candidates[chosen.to(candidates.device)]] = True
-        return keep
-
-
-def _content(features: Tensor) -> int:
-    """Return a number that tells one image from another: the signs of 24 mean features."""
-    signs = (features[:, :24].float().mean(0) > 0).long()
-    return int((signs << torch.arange(len(signs), device=signs.device)).sum())
+        return random_tokens(view, self.keep, self.seed)
 
 
 METHOD = RandomPruning
