@@ -18,7 +18,7 @@ from vislm.data.scene_types import Scene
 from vislm.data.scenes import generate_scenes, write_scenes
 from vislm.data.turns import Turn, colour_turn, count_turn, position_turn, singletons
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.pope import SPLITS
+from vislm.eval.pope_questions import SPLITS
 from vislm.eval.runner import run
 from vislm.lmm.model import LMM
 from vislm.report.tables import markdown_table
@@ -70,7 +70,7 @@ def measure(lmm: LMM, folder: Path, out: Path, prune: list[str], heads: list[str
     methods = [registry.build("pruning", p) for p in prune] + [registry.build("heads", h) for h in heads]
     with lmm.using(*methods):
         pope = run(load_benchmark("pope", folder), lmm, out / name / "pope", batch_size=128, progress=True)
-        chair = run(load_benchmark("chair", folder, limit=captions), lmm, out / name / "chair", batch_size=128)
+        chair = run(load_benchmark("chair", folder), lmm, out / name / "chair", batch_size=128, limit=captions)
     splits, caption = pope["metrics"], chair["metrics"]
     row: dict[str, Any] = {
         "setting": " + ".join([*prune, *heads]) or "all tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,29 @@ def test_a_method_inside_a_method_in_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", registry.names("pruning"))
 def test_every_pruning_method_has_the_shared_options(name: str) -> None:
     assert {"positions", "calibrate"} <= registry.options("pruning", name).keys()
+
+
+def test_lists_are_described_by_what_they_hold() -> None:
+    shown = {
+        (name, option): text
+        for name in registry.names("heads")
+        for option, (text, _) in registry.options("heads", name).items()
+    }
+    assert shown["ad_hh", "heads"] == "a file | heads such as 16/29+26/9 | none"
+    assert shown["zerotuning", "factors"] == "a file | factors of heads such as 3/0/1.5+4/7/0.8 | none"
+    assert shown["var", "dims"] == "a file | dimensions such as 1415+2533 | none"
+    assert shown["vhr", "layers"] == "layers such as 1+18-31 | none"
+    assert registry.options("pruning", "sparsevlm")["counts"][0] == "whole numbers such as 8+4+2 | none"
+    assert not [key for key, text in shown.items() if "layers" in text and not key[1].endswith("layers")]
+
+
+@pytest.mark.parametrize("layers", ["5-3", "1+", "a", "-1"])
+def test_layers_that_are_none_are_refused(layers) -> None:
+    with pytest.raises(UsageError, match=f"vhr: layers='{re.escape(layers)}': expected layers such as 1"):
+        registry.build("heads", f"vhr:layers={layers}")
+
+
+def test_heads_in_a_file_may_be_pairs(tmp_path) -> None:
+    path = tmp_path / "heads.yaml"
+    path.write_text("method: ad_hh\noptions: {heads: [[16, 29], 26/9]}")
+    assert registry.build("heads", str(path)) == registry.build("heads", "ad_hh:heads=16/29+26/9")

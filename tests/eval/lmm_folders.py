@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -228,8 +229,38 @@ def coco_captions(root: Path) -> Path:
     return root
 
 
+def chair(root: Path) -> Path:
+    images = [{"id": i, "file_name": f"{i}.jpg"} for i in CAPTIONS]
+    names = ["person", "dog", "cat", "horse"]
+    boxes = [
+        {"id": 10 * i + k, "image_id": i, "category_id": (i + k) % 4 + 1, "bbox": [0, 0, 5, 6.5]}
+        for i in CAPTIONS
+        for k in range(2)
+    ]
+    categories = [{"id": n, "name": name} for n, name in enumerate(names, start=1)]
+    dump(root / "instances.json", {"images": images, "categories": categories, "annotations": boxes})
+    pairs = [(i, text) for i, texts in CAPTIONS.items() for text in texts]
+    notes = [{"id": n, "image_id": i, "caption": text} for n, (i, text) in enumerate(pairs, start=1)]
+    dump(root / "captions.json", {"annotations": notes})
+    for i in CAPTIONS:
+        draw(root / "images" / f"{i}.jpg", i)
+    return root
+
+
+def chair_table(root: Path, lying: Sequence[int] = (11, 12)) -> Path:
+    """CHAIR without annotations; of its three pictures those of ``lying`` are there."""
+    root.mkdir(parents=True, exist_ok=True)
+    table = json.dumps({"11": [1], "12": [1, 3], "13": []}).encode()
+    (root / "chair_ground_truth_pattern2014.json.gz").write_bytes(gzip.compress(table, mtime=0))
+    (root / "ids.txt").write_text("".join(f"{i}\n" for i in lying))
+    for i in lying:
+        draw(root / "val2014" / f"COCO_val2014_{i:012d}.jpg", i)
+    return root
+
+
 FOLDERS: Mapping[str, Callable[[Path], Path]] = {
     "amber": amber,
+    "chair": chair,
     "coco_captions": coco_captions,
     "gqa": gqa,
     "mmbench": mmbench,

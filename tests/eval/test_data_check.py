@@ -11,8 +11,8 @@ import pytest
 from lmm_folders import FOLDERS, dump, edit, mmbench, mmbench_rows
 
 from vislm.errors import UnknownName, UsageError
+from vislm.eval.benchmarks import LMM_BENCHMARKS
 from vislm.eval.checks import check_folder
-from vislm.eval.lmm_benchmarks import LMM_BENCHMARKS
 
 
 def test_every_benchmark_has_a_folder_here() -> None:
@@ -31,6 +31,12 @@ def _lines(path: Path, change: Callable[[list[str]], None]) -> None:
     lines = path.read_text().split("\n")
     change(lines)
     path.write_text("\n".join(lines))
+
+
+def _bare(root: Path) -> None:
+    """Take everything away that says what picture 12 shows."""
+    for file in (INSTANCES, CAPTIONS):
+        edit(root / file, lambda d: d.update(annotations=[a for a in d["annotations"] if a["image_id"] != 12]))
 
 
 def _pope(root: Path, **values: object) -> None:
@@ -68,6 +74,7 @@ def _twice(file: str, key: str | None) -> Callable[[Path], None]:
     return apply
 
 
+INSTANCES, CAPTIONS = "instances.json", "captions.json"
 AMBER, QUERY = "data/annotations.json", "data/query/query_discriminative.json"
 TEXTVQA, OCR = "TextVQA_0.5.1_val.json", "TextVQA_Rosetta_OCR_v0.2_val.json"
 VQA_Q, VQA_A = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
@@ -103,6 +110,31 @@ FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
         "pope",
         lambda root: _lines(root / "coco_pope_popular.json", lambda x: x.insert(0, "{}")),
         "entry 1 has no 'image'",
+    ),
+    ("pope", lambda root: (root / "seem_pope_random.json").write_text(""), "several files of the split random"),
+    ("pope", lambda root: [p.unlink() for p in root.glob("*.json")], "holds no POPE questions; expected coco_pope_"),
+    # CHAIR
+    ("chair", _remove("images/12.jpg"), "sample 12.jpg: the picture "),
+    ("chair", _remove(INSTANCES), "does not exist; a COCO-format folder holds instances.json"),
+    ("chair", _write(INSTANCES, b"[]"), "holds a list"),
+    (
+        "chair",
+        lambda r: edit(r / INSTANCES, lambda d: d.pop("images") and None),
+        "'images' is NoneType, expected a list",
+    ),
+    ("chair", _twice(INSTANCES, "images"), "images[3]: id 11 appears twice"),
+    ("chair", _entry(INSTANCES, "images", lambda row: row.update(file_name="../x")), "leaves the image folder: '../x'"),
+    ("chair", _entry(INSTANCES, "images", lambda row: row.pop("id")), "images[1] has no integer id"),
+    ("chair", _entry(INSTANCES, "annotations", lambda row: row.update(category_id=9)), "111 has unknown category 9"),
+    ("chair", _entry(INSTANCES, "annotations", lambda row: row.update(category_id=9)), "image 11 (11.jpg) is left out"),
+    ("chair", _entry(INSTANCES, "annotations", lambda row: row.update(image_id=9)), "111 is about unknown image 9"),
+    ("chair", _entry(INSTANCES, "annotations", lambda row: row.update(bbox=[0, 0, -1, 2])), "has an empty bbox"),
+    ("chair", _entry(INSTANCES, "annotations", lambda row: row.update(bbox=[1, 2])), "expected four finite numbers"),
+    ("chair", _entry(INSTANCES, "categories", lambda row: row.pop("name")), "categories id 2 has no name"),
+    (
+        "chair",
+        _entry(CAPTIONS, "annotations", lambda row: row.pop("caption")),
+        "annotations id 2 has no caption",
     ),
     # AMBER
     ("amber", lambda r: edit(r / AMBER, lambda d: d[2].update(truth="perhaps")), "entry 3 (id 3): truth is 'perhaps'"),
@@ -221,6 +253,8 @@ def test_there_are_many_kinds_of_faults() -> None:
         ("pope", _remove("coco_pope_random.json"), "split random: no questions"),
         ("pope", lambda r: _lines(r / "coco_pope_random.json", lambda x: x.pop()), "random: b.jpg has 5 questions"),
         ("pope", lambda r: _lines(r / "coco_pope_random.json", lambda x: x.pop()), "split random: 6 yes, 5 no"),
+        ("chair", _remove(CAPTIONS), "3 images have no captions by people"),
+        ("chair", _bare, "1 images show no object, first 12.jpg"),
         ("mme", lambda root: None, "task count: no questions"),
         (
             "mme",
@@ -242,9 +276,21 @@ def test_what_is_unusual_is_no_fault(name, damage, message, tmp_path) -> None:
     assert any(message in line for line in report.suspicions), report.suspicions
 
 
-def test_benchmarks_without_a_reader_here(scenes) -> None:
-    report = check_folder("chair", scenes)
-    assert (report.faults, report.samples) == ([], 12)
+@pytest.mark.parametrize("name", ["chair", "pope"])
+def test_every_fault_of_a_coco_folder_is_listed(name, tmp_path) -> None:
+    root = FOLDERS["chair"](tmp_path)
+    edit(root / INSTANCES, lambda d: [row.update(bbox=None) for row in d["annotations"]] and None)
+    faults = check_folder(name, root).faults
+    assert [f"annotations id {i} has no bbox" in faults[n] for n, i in enumerate((110, 111, 120, 121, 130, 131))]
+    assert "image 11 (11.jpg) is left out" in faults[6]
+    assert faults[-1].endswith("nothing to ask is left")
+
+
+def test_generated_scenes_are_sound(scenes) -> None:
+    for name, samples in (("chair", 12), ("pope", None)):
+        report = check_folder(name, scenes)
+        assert report.faults == report.suspicions == []
+        assert samples in (None, report.samples)
 
 
 @pytest.fixture
@@ -281,8 +327,8 @@ def test_command_with_wrong_words(vislm, tmp_path) -> None:
 def test_python_errors(tmp_path) -> None:
     with pytest.raises(UnknownName, match="did you mean 'mmbench'"):
         check_folder("mmbnch", tmp_path)
-    with pytest.raises(UsageError, match="chair has no options"):
-        check_folder("chair:seed=1", tmp_path)
+    with pytest.raises(UnknownName, match="did you mean 'seed'"):
+        check_folder("chair:sed=1", tmp_path)
     with pytest.raises(UnknownName, match="did you mean 'ocr'"):
         check_folder("textvqa:ocrr=1", tmp_path)
     with pytest.raises(UsageError, match="expected bool"):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import answerer
@@ -22,15 +23,21 @@ from vislm.eval.runner import run
 
 
 def launch(folder: Path, out: Path, size: int, delay: float = 0.0, *knows: Path) -> list[subprocess.Popen]:
-    """Start the processes as torchrun and accelerate do: by environment variables."""
+    """Start processes that answer as an oracle does."""
+    return start([answerer.__file__, folder, out, delay, *knows], size)
+
+
+def start(arguments: Sequence[object], size: int) -> list[subprocess.Popen]:
+    """Start Python as torchrun and accelerate do: by environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, answerer.__file__, str(folder), str(out), str(delay), *map(str, knows)],
+            [sys.executable, *map(str, arguments)],
             env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -63,6 +70,23 @@ def test_four_processes_killed_and_resumed_by_two_do_what_one_does(scenes, tmp_p
     assert before <= {json.loads(x)["id"] for x in (out / "predictions.jsonl").read_text().splitlines()}
     assert (out / "predictions.jsonl").read_bytes() == (tmp_path / "one" / "predictions.jsonl").read_bytes()
     assert not list(out.glob("predictions.0*"))
+
+
+@pytest.mark.slow
+def test_the_command_does_the_same_in_one_process_and_in_two(scenes, tmp_path) -> None:
+    command = ["-m", "vislm.eval", "pope:split=popular", "--data", scenes, "--limit", 20, "--batch-size", 3, "--out"]
+    for size in (1, 2):
+        codes, errors = ended(start([*command, tmp_path / str(size)], size))
+        assert codes == [0] * size, errors
+    one, two = (json.loads((tmp_path / size / "results.json").read_text()) for size in "12")
+    assert (one["processes"], two["processes"], two["n"]) == (1, 2, 20)
+    assert one["metrics"].keys() == {"popular", "mean", "oracles"}
+    rows = [(tmp_path / size / "predictions.jsonl").read_text().splitlines() for size in "12"]
+    kept = [
+        [{k: row[k] for k in ("id", "text", "answer", "score", "truth")} for row in map(json.loads, r)] for r in rows
+    ]
+    assert kept[0] == kept[1]
+    assert one["metrics"]["popular"]["accuracy"] == two["metrics"]["popular"]["accuracy"]
 
 
 @pytest.mark.slow

@@ -13,18 +13,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mutations import mutated
 from outcome import Outcome, Stopwatch, in_own_process
+from vision_data import VISION
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "eval"))
 import lmm_folders
 
 from vislm.errors import VislmError
-from vislm.eval import chair, compare, lmm_benchmarks, pope
+from vislm.eval import compare
+from vislm.eval.benchmarks import LMM_BENCHMARKS, load_benchmark
+from vislm.eval.chair_scores import read_object_table
 from vislm.eval.coco import is_safe_name, read_captions, read_coco_folder
+from vislm.eval.pope_questions import read_questions
 from vislm.eval.store import read_json, read_rows
 from vislm.eval.vocabulary import coco_vocabulary
 
@@ -106,15 +111,8 @@ def _kinds(folder: Path) -> list[tuple[Path, Callable[[], str | None]]]:
     (folder / "table.json.gz").write_bytes(gzip.compress(files["table.json"].encode(), mtime=0))
     done = folder / "run"
     _finished_run(folder, done)
-    others = []
-    for name in sorted(lmm_benchmarks.LMM_BENCHMARKS):
-        root = folder / name
-        root.mkdir()
-        getattr(lmm_folders, name)(root)
-        texts = [p for p in sorted(root.rglob("*")) if p.is_file() and p.suffix not in (".png", ".jpg", ".jpeg")]
-        others += [(path, lambda name=name, root=root: _benchmark_fault(name, root)) for path in texts]
     return [
-        *others,
+        *_benchmark_kinds(folder),
         (folder / "instances.json", lambda: _coco_fault(folder)),
         (folder / "captions.json", lambda: _captions_fault(folder / "captions.json")),
         (folder / "questions_random.json", lambda: _questions_fault(folder / "questions_random.json")),
@@ -125,9 +123,27 @@ def _kinds(folder: Path) -> list[tuple[Path, Callable[[], str | None]]]:
     ]
 
 
+def _benchmark_kinds(folder: Path) -> list[tuple[Path, Callable[[], str | None]]]:
+    """Return every annotation file of every benchmark's folder with the benchmark's reader."""
+    chosen: list[tuple[str, Callable[[Path], Any], dict[str, Any]]] = [
+        *((name, getattr(lmm_folders, name), {}) for name in sorted(LMM_BENCHMARKS)),
+        ("chair", lmm_folders.chair_table, {"source": "table", "ids": "ids.txt"}),
+        ("retrieval", lmm_folders.coco_captions, {"captions": 0}),
+        *VISION,
+    ]
+    kinds = []
+    for number, (name, write, options) in enumerate(chosen):
+        root = folder / f"{number}-{name}"
+        root.mkdir()
+        write(root)
+        pictures = {path for sample in load_benchmark(name, root, **options).samples for path in sample.images}
+        files = [p for p in sorted(root.rglob("*")) if p.is_file() and p not in pictures and p.suffix != ".jpg"]
+        kinds += [(path, partial(_benchmark_fault, name, root, options)) for path in files]
+    return kinds
+
+
 def _finished_run(folder: Path, out: Path) -> None:
     from vislm.data.scenes import write_scenes
-    from vislm.eval.benchmarks import load_benchmark
     from vislm.eval.runner import run
 
     class Agrees:
@@ -141,13 +157,15 @@ def _finished_run(folder: Path, out: Path) -> None:
     run(load_benchmark("pope", write_scenes(folder / "scenes", 2, 1)), Agrees(), out, limit=4)
 
 
-def _benchmark_fault(name: str, root: Path) -> str | None:
-    """Read a benchmark and score a run that answers "yes" everywhere."""
-    benchmark = lmm_benchmarks.load(name, root)
+def _benchmark_fault(name: str, root: Path, options: dict[str, Any]) -> str | None:
+    """Read a benchmark and, if it is about answers, score a run that answers "yes" everywhere."""
+    benchmark = load_benchmark(name, root, **options)
     ids = [sample.id for sample in benchmark.samples]
     paths = [image for sample in benchmark.samples for image in sample.images if isinstance(image, Path)]
     if len(set(ids)) != len(ids) or not all(path.resolve().is_relative_to(root.resolve()) for path in paths):
         return "ids that are not unique, or pictures outside the folder"
+    if benchmark.subject != "lmm":
+        return None
     rows = {s.id: {"id": s.id, "text": "yes", "likelihoods": [0.0] * len(s.choices)} for s in benchmark.samples}
     for row in rows.values():
         benchmark.parse(row)
@@ -169,14 +187,14 @@ def _captions_fault(path: Path) -> str | None:
 
 
 def _questions_fault(path: Path) -> str | None:
-    read = pope.read_questions(path)
+    read = read_questions(path)
     fine = all(q.label in ("yes", "no") and isinstance(q.text, str) and is_safe_name(q.image) for q in read)
     return None if fine and len({q.id for q in read}) == len(read) else "questions that do not hold together"
 
 
 def _table_fault(path: Path) -> str | None:
     vocabulary = coco_vocabulary()
-    read = chair.read_object_table(path, vocabulary)
+    read = read_object_table(path, vocabulary)
     return None if all(o in vocabulary.objects for shown in read.values() for o in shown) else "unknown objects"
 
 

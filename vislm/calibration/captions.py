@@ -12,7 +12,7 @@ from torch import Tensor
 from vislm.calibration.row_heads import RowHeads, Silenced
 from vislm.calibration.samples import Sample
 from vislm.errors import UsageError
-from vislm.eval.chair import mentions
+from vislm.eval.chair_scores import mentions
 from vislm.eval.tokenize import tokenize
 from vislm.eval.vocabulary import Vocabulary
 from vislm.lmm.model import LMM

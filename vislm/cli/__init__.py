@@ -19,6 +19,8 @@ from vislm.cli import (
     evaluate,
     explain_prune,
     listing,
+    report,
+    score,
     suggest_window,
     train,
     tune_pruning,
@@ -54,6 +56,8 @@ app.command("calibrate-heads")(calibrate_heads.calibrate_heads)
 app.command("carve")(carve.carve)
 app.command("analyze")(analyze.analyze)
 app.command("compare")(compare.compare)
+app.command("report")(report.report)
+app.command("score")(score.score)
 app.command("demo")(demo.demo)
 
 

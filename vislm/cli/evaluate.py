@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vislm.cli._options import Device, Dtype, Heads, Model, Prune
 
 if TYPE_CHECKING:
-    from vislm.eval.protocol import Benchmark
+    from vislm.eval.protocol import Benchmark, Subject
 
 
 def evaluate(
@@ -36,6 +36,9 @@ def evaluate(
     on_error: Annotated[str, typer.Option("--on-error", help="stop or skip at broken pictures and rows.")] = "stop",
     dtype: Dtype = None,
     device: Device = "cpu",
+    store_kept: Annotated[
+        bool, typer.Option("--store-kept", help="Store which visual tokens were left, for vislm report to draw.")
+    ] = False,
 ) -> None:
     """Run benchmarks: one JSON line per finished sample, then results.json and a table.
 
@@ -43,7 +46,7 @@ def evaluate(
     """
     from vislm.eval.processes import launched, own_device
     from vislm.eval.runner import Options, run
-    from vislm.eval.subjects import open_subject
+    from vislm.eval.subjects import keep_tokens, open_subject
     from vislm.report.tables import metrics_table
 
     Options(batch_size, limit, on_error, workers)  # a wrong word should not cost the time to load a model
@@ -51,23 +54,33 @@ def evaluate(
     with launched() as world:
         for kind in dict.fromkeys(task.subject for task in tasks):
             with open_subject(kind, model, prune or (), heads or (), dtype, own_device(device)) as subject:
+                if store_kept:
+                    keep_tokens(subject)
                 for task in (task for task in tasks if task.subject == kind):
                     folder = out / task.name if len(tasks) > 1 else out
-                    results = run(
-                        task,
-                        subject,
-                        folder,
-                        batch_size=batch_size,
-                        limit=limit,
-                        on_error=on_error,
-                        workers=workers,
-                        progress=True,
-                        world=world,
-                    )
+                    options: dict[str, Any] = {
+                        "batch_size": batch_size,
+                        "on_error": on_error,
+                        "workers": workers,
+                        "progress": True,
+                        "world": world,
+                    }
+                    results = run(_prepared(task, subject, folder, options), subject, folder, limit=limit, **options)
                     if world.is_first:
                         typer.echo(metrics_table(results))
                         _echo_broken(results["broken"])
                         typer.echo(f"written to {folder / 'results.json'}")
+
+
+def _prepared(task: Benchmark, subject: Subject, folder: Path, options: dict[str, Any]) -> Benchmark:
+    """Run what a benchmark needs first (k-NN: the training pictures' features), into OUT/train, whatever --limit is."""
+    from vislm.eval.runner import run
+    from vislm.eval.vision.knn import Knn
+
+    if not isinstance(task, Knn) or task.votes.bank is not None:
+        return task
+    run(task.before, subject, folder / "train", **options)
+    return task.after(folder / "train")
 
 
 def _tasks(specs: Sequence[str], data: Sequence[str], control: str) -> list[Benchmark]:

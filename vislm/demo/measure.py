@@ -13,7 +13,8 @@ from vislm.data.scenes import write_scenes
 from vislm.demo.questions import ask_about
 from vislm.demo.settings import Setting
 from vislm.demo.timing import interleaved, threads
-from vislm.eval.benchmarks import Benchmark, load_benchmark
+from vislm.eval.benchmarks import load_benchmark
+from vislm.eval.protocol import Benchmark
 from vislm.eval.runner import run
 from vislm.lmm.model import LMM
 from vislm.lmm.run import Run

@@ -1,150 +1,166 @@
-"""CHAIR: which objects does a caption mention, and which of them are not in the image?
+"""CHAIR: how many of the objects that a caption mentions are not in the picture?
 
 Source: Rohrbach et al., "Object Hallucination in Image Captioning", EMNLP 2018, arXiv 1809.02156;
-github.com/LisaAnne/Hallucination, and the port Maxlinn/CHAIR-metric-standalone (adds Recall). Scoring needs no torch.
+github.com/LisaAnne/Hallucination. ``chair_sources`` reads what pictures show, ``chair_scores`` scores captions.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vislm.errors import AnnotationError
-from vislm.eval.singularize import singularize
-from vislm.eval.tokenize import tokenize
+from vislm.errors import UsageError
+from vislm.eval.chair_scores import CaptionScore, by_object, overall, score_caption
+from vislm.eval.chair_sources import find_pictures
+from vislm.eval.coco import VAL2014
+from vislm.eval.protocol import Benchmark, Control, Figure, Row, Rows, Sample, Verdict
 from vislm.eval.vocabulary import Vocabulary
+
+PROMPT, TOKENS = "Please describe this image in detail.", 512
+"""What nearly all papers about LMMs use; some allow 64 tokens only, which lowers CHAIR."""
+SCENE_PROMPT, SCENE_TOKENS = "Describe the image.", 64
 
 
 @dataclass(frozen=True)
-class Mentions:
-    """The objects of one caption."""
+class Chair(Benchmark):
+    """CHAIR on captions of the given images."""
 
-    tokens: list[str]
-    """Singular words and punctuation, two-word phrases joined."""
-    words: list[str]
-    """The object words as written."""
-    nodes: list[str]
-    """The objects that they name; repeats count."""
-    indices: list[int]
-    """Places of the words among the tokens before phrases were joined. If a toilet seat was removed, the official code
-    reads the places of the shortened list, and so does this."""
+    paths: Mapping[str, Path]
+    truth: Mapping[str, Collection[str]]
+    vocabulary: Vocabulary
+    prompt: str = PROMPT
+    max_new_tokens: int = TOKENS
+    control: Control = "none"
+    how: str = "instances and captions"
+    """What the truth is made of."""
+    uncaptioned: int = 0
+    """Pictures whose objects come from instances alone."""
+    faults: Sequence[str] = field(default_factory=list)
+    name = "chair"
+    figures = (
+        Figure("CHAIR_i", "ratio", ("hallucinated", "mentions"), better="lower"),
+        Figure("CHAIR_s", "mean", ("chair_s",), better="lower"),
+        Figure("Recall", "ratio", ("correct", "objects")),
+        Figure("Length", "mean", ("length",), better="neither"),
+    )
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """One caption per image."""
+        return [Sample(i, (path,), self.prompt, truth=sorted(self.truth[i])) for i, path in self.paths.items()]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Prompt, length limit, scorer, and what the truth is made of."""
+        return {
+            "prompt": self.prompt,
+            "max_new_tokens": self.max_new_tokens,
+            "scorer": "pattern",
+            "truth": self.how,
+            "n_images": len(self.paths),
+        }
+
+    def parse(self, row: Row) -> Verdict:
+        """Return the objects that the caption names; the score is 1 if none of them is absent."""
+        scored = self._score(row["id"], row["text"])
+        values = {
+            "chair_s": scored.chair_s,
+            "hallucinated": len(scored.hallucinated),
+            "mentions": len(scored.mentions.nodes),
+            "correct": len(scored.correct),
+            "objects": len(scored.truth),
+            "length": len(scored.mentions.tokens),
+        }
+        return Verdict(scored.mentions.nodes, 1.0 - scored.chair_s, values)
+
+    def aggregate(self, rows: Rows) -> dict[str, Any]:
+        """Return CHAIR_s, CHAIR_i, Recall and Length over all captions."""
+        return overall(list(self.per_caption(rows).values()))
+
+    def groups(self, rows: Rows) -> dict[str, dict[str, Any]]:
+        """Return for each object its mentions, how many were wrong, and the share of its images that name it."""
+        return by_object(list(self.per_caption(rows).values())) if rows else {}
+
+    def per_caption(self, rows: Rows) -> dict[str, CaptionScore]:
+        """Return sample id -> its caption's objects, the wrong ones among them, and its own figures."""
+        return {i: self._score(i, r["text"]) for i, r in rows.items() if i in self.truth}
+
+    def _score(self, image: str, caption: str) -> CaptionScore:
+        """Score a caption once: verdict, metrics and groups all need it."""
+        known = self._scored
+        if (image, caption) not in known:
+            known[image, caption] = score_caption(caption, self.truth[image], self.vocabulary)
+        return known[image, caption]
+
+    @cached_property
+    def _scored(self) -> dict[tuple[str, str], CaptionScore]:
+        return {}
 
 
-def mentions(caption: str, vocabulary: Vocabulary) -> Mentions:
-    """Return the objects that a caption mentions, by the official rules."""
-    words = [singularize(token) for token in tokenize(caption.lower())]
-    tokens, starts, i = [], [], 0
-    while i < len(words):
-        starts.append(i)
-        pair = " ".join(words[i : i + 2])
-        if pair in vocabulary.phrases:
-            tokens.append(vocabulary.phrases[pair])
-            i += 2
-        else:
-            tokens.append(words[i])
-            i += 1
-    without_seats = [t for t in tokens if t != "seat"] if "toilet" in tokens else tokens
-    found = [(n, t) for n, t in enumerate(without_seats) if t in vocabulary.node_of]
-    return Mentions(
-        tokens, [t for _, t in found], [vocabulary.node_of[t] for _, t in found], [starts[n] for n, _ in found]
+def load(
+    path: Path,
+    *,
+    source: str = "auto",
+    ids: str = "",
+    draw: int | None = None,
+    seed: int = 0,
+    prompt: str = "",
+    max_new_tokens: int | None = None,
+    coco: str = VAL2014,
+    control: Control = "none",
+) -> Chair:
+    """Read CHAIR.
+
+    Args:
+        path: folder in COCO's format (instances.json, captions.json, images/, or annotations/instances_val2014.json,
+            annotations/captions_val2014.json, val2014/); or with the object table chair_ground_truth_....json.gz and
+            the pictures in val2014/ or images/.
+        source: annotations, table, or auto: annotations where there are any.
+        ids: file in the folder that lists the images by id or name: a JSON list, JSON lines with "image_id", or one a
+            line; "" asks about all (of a table: those that lie in the folder). Results on other images do not compare.
+        draw: number of images to draw at random, 500 in most papers; None: all.
+        seed: of the draw.
+        prompt: what to ask; "" is "Please describe this image in detail." (of scenes "Describe the image.").
+        max_new_tokens: longest caption; None: 512 (of scenes 64).
+        coco: the part of COCO's own layout.
+        control: grey pictures or not.
+
+    Raises:
+        UnknownName: no such source.
+        UsageError: more images to draw than there are, or captions of no tokens.
+        AnnotationError: files that are missing or no JSON. Broken rows become ``faults``; an image with a broken
+            annotation is left out, as what it shows is then not known.
+    """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens={max_new_tokens}: expected a whole number >= 1")
+    faults: list[str] = []
+    found = find_pictures(path, source=source, ids=ids, coco=coco, draw=draw, seed=seed, faults=faults)
+    usual = (SCENE_PROMPT, SCENE_TOKENS) if found.is_scenes else (PROMPT, TOKENS)
+    return Chair(
+        found.paths,
+        found.truth,
+        found.vocabulary,
+        prompt or usual[0],
+        max_new_tokens or usual[1],
+        control,
+        found.how,
+        len(found.uncaptioned),
+        faults,
     )
 
 
-@dataclass(frozen=True)
-class CaptionScore:
-    """One caption against the objects of its image."""
-
-    mentions: Mentions
-    hallucinated: list[tuple[str, str]]
-    """(word, object) of every mention of an absent object."""
-    correct: frozenset[str]
-    truth: frozenset[str]
-
-    @property
-    def chair_s(self) -> int:
-        """1 if an absent object is mentioned."""
-        return int(bool(self.hallucinated))
-
-    @property
-    def chair_i(self) -> float:
-        """Hallucinated share of the mentions."""
-        return len(self.hallucinated) / len(self.mentions.nodes) if self.mentions.nodes else 0.0
-
-    @property
-    def recall(self) -> float:
-        """Share of the image's objects that are mentioned."""
-        return len(self.correct) / len(self.truth) if self.truth else 0.0
-
-
-def score_caption(caption: str, truth: Collection[str], vocabulary: Vocabulary) -> CaptionScore:
-    """Score one caption against the set of objects in its image."""
-    found = mentions(caption, vocabulary)
-    wrong = [(w, n) for w, n in zip(found.words, found.nodes, strict=True) if n not in truth]
-    return CaptionScore(found, wrong, frozenset(n for n in found.nodes if n in truth), frozenset(truth))
-
-
-def overall(scores: Sequence[CaptionScore]) -> dict[str, Any]:
-    """Return CHAIR_s, CHAIR_i, Recall (fractions), mean length in tokens and mentions, and their counts."""
-    mentioned = sum(len(s.mentions.nodes) for s in scores)
-    wrong = sum(len(s.hallucinated) for s in scores)
-    truth = sum(len(s.truth) for s in scores)
-    n = max(1, len(scores))
-    result = {
-        "CHAIR_s": sum(s.chair_s for s in scores) / n,
-        "CHAIR_i": wrong / mentioned if mentioned else 0.0,
-        "Recall": sum(len(s.correct) for s in scores) / truth if truth else 0.0,
-        "Length": sum(len(s.mentions.tokens) for s in scores) / n,
-        "Mentions": mentioned / n,
-        "n": len(scores),
-        "n_mentions": mentioned,
-        "n_hallucinated": wrong,
-    }
-    missing = [f"{k} has no denominator" for k, d in (("CHAIR_i", mentioned), ("Recall", truth)) if not d]
-    return {**result, "warnings": missing} if missing else result
-
-
-def by_object(scores: Sequence[CaptionScore]) -> dict[str, dict[str, Any]]:
-    """Return object -> mentions, hallucinated mentions, images that show it, and the share of those that name it."""
-    mentioned = Counter(name for s in scores for name in s.mentions.nodes)
-    wrong = Counter(name for s in scores for _, name in s.hallucinated)
-    shown = Counter(name for s in scores for name in s.truth)
-    named = Counter(name for s in scores for name in s.correct)
-    return {
-        name: {
-            "mentions": mentioned[name],
-            "hallucinated": wrong[name],
-            "images": shown[name],
-            "recall": named[name] / shown[name] if shown[name] else 0.0,
-        }
-        for name in sorted({*mentioned, *shown})
-    }
-
-
-def ground_truth(
-    objects: Mapping[int, Sequence[str]], captions: Mapping[int, Sequence[str]], vocabulary: Vocabulary
-) -> dict[int, set[str]]:
-    """Return image id -> objects, from instance categories and from what people's captions mention."""
-    truth = {i: {vocabulary.node_of.get(name, name) for name in names} for i, names in objects.items()}
-    for image, texts in captions.items():
-        for text in texts:
-            truth.setdefault(image, set()).update(mentions(text, vocabulary).nodes)
-    return truth
-
-
-def read_object_table(path: Path, vocabulary: Vocabulary) -> dict[int, set[str]]:
-    """Read the compact table {image id: [object numbers]} (.json or .json.gz) of a whole data set."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        table = {int(i): list(numbers) for i, numbers in json.loads(raw).items()}
-        unknown = [n for numbers in table.values() for n in numbers if type(n) is not int or n < 0]
-        if unknown:
-            raise ValueError(f"object number {unknown[0]!r}")
-        return {i: {vocabulary.objects[n] for n in numbers} for i, numbers in table.items()}
-    except (OSError, EOFError, zlib.error, ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise AnnotationError(f"{path} is not an object table: {error}") from error
+def suspicions(benchmark: Chair) -> list[str]:
+    """Return what is no fault but raises or lowers the figures."""
+    found = []
+    if benchmark.uncaptioned:
+        found.append(
+            f"{benchmark.uncaptioned} images have no captions by people: their objects come from instances alone, "
+            "which raises CHAIR"
+        )
+    bare = [name for name, shown in benchmark.truth.items() if not shown]
+    if bare:
+        found.append(f"{len(bare)} images show no object, first {bare[0]}: every mention there is a hallucination")
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vislm.errors import AnnotationError, ImageError
-from vislm.eval.lmm_benchmarks import LMM_BENCHMARKS, suspicions
+from vislm.eval.benchmarks import suspicions
 from vislm.eval.pictures import picture
 from vislm.eval.protocol import Benchmark, Picture
 from vislm.eval.specs import name_of, open_benchmark
@@ -46,7 +46,7 @@ def check_folder(benchmark: str, path: str | Path, *, decode: bool = False) -> R
     faults = [*task.faults, *_picture_faults(task, decode)]
     if not task.samples:
         faults.append(f"{path}: nothing to ask is left")
-    odd = suspicions(name, task) if name in LMM_BENCHMARKS else []
+    odd = suspicions(name, task)
     pictures = {source for sample in task.samples for source in sample.images}
     return Report(name, len(task.samples), len(pictures), faults, odd)
 

@@ -1,209 +1,223 @@
-"""POPE: yes/no questions about objects that are there and objects that are not.
+"""POPE: yes/no questions about objects that are there and objects that are not, in three splits.
 
 Source: Li et al., "Evaluating Object Hallucination in Large Vision-Language Models", EMNLP 2023, arXiv 2305.10355;
-github.com/RUCAIBox/POPE. This file reads and builds questions; ``pope_answers`` scores the answers.
+github.com/RUCAIBox/POPE. ``pope_sources`` finds or builds the questions, ``pope_answers`` parses and scores.
 """
 
 from __future__ import annotations
 
-import json
-import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from vislm.errors import AnnotationError, UnknownName, UsageError
-from vislm.eval.coco import is_safe_name
-from vislm.eval.pope_answers import PARSERS, auroc, metrics, parse
+from vislm.errors import UnknownName, UsageError
+from vislm.eval.coco import VAL2014
+from vislm.eval.pope_answers import metrics, parse
+from vislm.eval.pope_questions import SPLITS, Question, object_of
+from vislm.eval.pope_sources import find_questions
+from vislm.eval.prompts import SUFFIXES, suffix_text
+from vislm.eval.protocol import Benchmark, Control, Figure, Row, Rows, Sample, Verdict
+from vislm.eval.scene_pope import oracle_table
 
-__all__ = [
-    "PARSERS",
-    "SPLITS",
-    "TEMPLATE",
-    "Question",
-    "auroc",
-    "build",
-    "draw_images",
-    "metrics",
-    "object_of",
-    "parse",
-    "read_questions",
-    "statistics",
-]
-
-SPLITS = ("random", "popular", "adversarial")
-TEMPLATE = "Is there a {} in the image?"
-Label = Literal["yes", "no"]
+_PER_IMAGE = 6
+"""Questions per image and split of the published files."""
+Answered = Sequence[tuple[Question, Row]]
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question of one split."""
+class Pope(Benchmark):
+    """POPE. Questions that several splits share are asked once."""
 
-    id: str
-    split: str
-    image: str
-    text: str
-    label: Label
+    questions: Sequence[Question]
+    paths: Mapping[str, Path]
+    """Image name -> file."""
+    rule: str = "official"
+    how: str = "official files"
+    suffix: str = "none"
+    split: str = "all"
+    control: Control = "none"
+    objects: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Image name -> what it shows, where the oracles over scenes apply."""
+    themes: Mapping[str, str | None] = field(default_factory=dict)
+    faults: Sequence[str] = field(default_factory=list)
+    name = "pope"
+    max_new_tokens = 8
+    figures = (
+        Figure("accuracy"),
+        Figure("f1", "f1", ("label", "answer")),
+        Figure("yes_ratio", "mean", ("answer",), better="neither"),
+        Figure("auroc", "auroc", ("label", "margin")),
+    )
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """One sample per different pair of image and question; ids are the same for every suffix."""
+        first = {key: asked[0] for key, asked in self._asked.items()}
+        return [
+            Sample(key, (self.paths[q.image],), self._prompt(q.text), truth=q.label, candidates=("yes", "no"))
+            for key, q in first.items()
+        ]
+
+    def _prompt(self, text: str) -> str:
+        return text if text.endswith(suffix_text(self.suffix)) else text + suffix_text(self.suffix)
+
+    @cached_property
+    def _asked(self) -> dict[str, list[Question]]:
+        """Sample id -> the questions of the splits that it answers."""
+        found: dict[str, list[Question]] = {}
+        for question in self.questions:
+            found.setdefault(_key(question), []).append(question)
+        return found
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """Origin of the questions, split, parser and suffix."""
+        return {
+            "questions": self.how,
+            "split": self.split,
+            "parser": self.rule,
+            "suffix": self.suffix,
+            "n_questions": len(self.questions),
+        }
+
+    def parse(self, row: Row) -> Verdict:
+        """Return yes, no, or what the rule makes of other answers."""
+        asked, answer = self._asked[row["id"]], parse(row["text"], self.rule)
+        values = {"label": float(asked[0].label == "yes"), "answer": float(answer == "yes")}
+        margin = _margin(row)
+        if margin is not None:
+            values["margin"] = margin
+        parts = tuple(dict.fromkeys(q.split for q in asked))
+        if answer == "dropped":
+            return Verdict(None, None, {}, parts)
+        return Verdict(answer, float(answer == asked[0].label), values, parts)
+
+    def aggregate(self, rows: Rows) -> dict[str, Any]:
+        """Return the metrics of each split and, as "mean", of all of them unweighted; for scenes the oracles', too."""
+        answered: dict[str, list[tuple[Question, Row]]] = {}
+        for question in self.questions:
+            if _key(question) in rows:
+                answered.setdefault(question.split, []).append((question, rows[_key(question)]))
+        result: dict[str, Any] = {split: self._metrics(found) for split, found in answered.items()}
+        shared = [k for k in ("accuracy", "f1", "yes_ratio", "auroc") if all(k in r for r in result.values())]
+        result["mean"] = {k: sum(r[k] for r in result.values()) / max(1, len(result)) for k in shared}
+        return {**result, "oracles": self._oracles} if self.objects else result
+
+    @cached_property
+    def _oracles(self) -> dict[str, Any]:
+        return oracle_table(self.questions, self.objects, self.themes)
+
+    def groups(self, rows: Rows) -> dict[str, dict[str, Any]]:
+        """Return the metrics of the questions about each object, all splits together."""
+        found: dict[str, list[tuple[Question, Row]]] = {}
+        for question in self.questions:
+            name = object_of(question.text)
+            if name and _key(question) in rows:
+                found.setdefault(name, []).append((question, rows[_key(question)]))
+        figures = {name: self._metrics(found[name]) for name in sorted(found)}
+        return {name: {k: m[k] for k in ("n", "accuracy", "recall", "yes_ratio")} for name, m in figures.items()}
+
+    def _metrics(self, answered: Answered) -> dict[str, Any]:
+        margins = [m for _, r in answered if (m := _margin(r)) is not None]
+        return metrics(
+            [q.label for q, _ in answered],
+            [parse(r["text"], self.rule) for _, r in answered],
+            margins if len(margins) == len(answered) else None,
+        )
 
 
-def read_questions(path: Path, split: str | None = None) -> list[Question]:
-    """Read a POPE question file: JSON lines (whatever its suffix), a JSON list, or one line of lists per image.
-
-    Args:
-        path: the current files, the older random file of 2,910 lines, RePOPE, LLaVA's file of all splits, ...
-        split: name of the split; None: each entry's "category" key, else the split that the file's name ends in.
-
-    Raises:
-        AnnotationError: broken JSON, missing keys, labels other than yes and no, image names that leave the image
-            folder, or a repeated question_id; the first faults are listed by line.
-    """
-    faults: list[str] = []
-    questions: dict[str, Question] = {}
-    for place, row in _entries(path, faults):
-        try:
-            for question in _parsed(row, split or _split_of(row, path), place):
-                if question.id in questions:
-                    raise ValueError(f"question_id {question.id.split('/')[1]} is not unique")
-                questions[question.id] = question
-        except KeyError as error:
-            faults.append(f"entry {place} has no {error}")
-        except (TypeError, ValueError) as error:
-            faults.append(f"entry {place}: {error}")
-    if faults:
-        raise AnnotationError(f"{path}: {len(faults)} faults: {'; '.join(faults[:5])}")
-    return list(questions.values())
+def _key(question: Question) -> str:
+    return f"{question.image}|{question.text}"
 
 
-def _entries(path: Path, faults: list[str]) -> Iterator[tuple[int, Any]]:
-    """Yield the entries of the file with their line, or place in the list; broken lines go to ``faults``."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            yield from enumerate(json.loads(text), start=1)
-            return
-    except (OSError, ValueError, RecursionError) as error:
-        raise AnnotationError(f"cannot read the POPE questions {path}: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                faults.append(f"line {number} is not JSON ({error})")
+def _margin(row: Row) -> float | None:
+    """Return how much likelier yes is than no, in logits; None where a row lacks them."""
+    logits = row.get("candidates") or {}
+    return logits["yes"] - logits["no"] if "yes" in logits and "no" in logits else None
 
 
-def _parsed(row: Any, split: str, place: int) -> Iterator[Question]:
-    if not isinstance(row, dict):
-        raise TypeError(f"expected an object, got {type(row).__name__}")
-    image, texts, labels = row["image"], row["text"], row["label"]
-    if not isinstance(image, str) or not is_safe_name(image):
-        raise ValueError(f"image {image!r} is not a file name below the image folder")
-    together = isinstance(texts, list)  # the "chat" variant: all questions of an image in one entry
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True) if together else [(texts, labels)], start=1):
-        if not isinstance(text, str) or label not in ("yes", "no"):
-            raise ValueError(f"label {label!r} of text {text!r}; expected a text labelled yes or no")
-        key = f"{place}.{number}" if together else row.get("question_id", place)
-        yield Question(f"{split}/{key}", split, image, text, label)
-
-
-def _split_of(row: Any, path: Path) -> str:
-    category = row.get("category") if isinstance(row, dict) else None
-    return category if category in SPLITS else next((s for s in SPLITS if path.stem.endswith(s)), path.stem)
-
-
-def draw_images(
-    objects: Mapping[str, Sequence[str]], number: int, rng: random.Random, *, per_image: int = 3
-) -> dict[str, list[str]]:
-    """Draw the images to ask about, as the official builder does: among those with enough objects, in random order.
-
-    Raises:
-        UsageError: fewer than ``number`` images show ``per_image`` objects.
-    """
-    enough = {image: list(shown) for image, shown in objects.items() if len(shown) >= per_image}
-    if len(enough) < number:
-        raise UsageError(f"{len(enough)} images show {per_image} or more objects; {number} were asked for")
-    return {image: enough[image] for image in rng.sample(list(enough), number)}
-
-
-def build(
-    objects: Mapping[str, Sequence[str]],
-    split: str,
-    rng: random.Random,
+def load(
+    path: Path,
     *,
-    per_image: int = 3,
-    template: str = TEMPLATE,
-    legacy_article: bool = False,
-) -> list[Question]:
-    """Build one split by the official algorithm: per image, objects in order, each followed by an absent one.
+    source: str = "auto",
+    split: str = "all",
+    parser: str = "official",
+    suffix: str = "none",
+    seed: int = 0,
+    draw: int | None = None,
+    files: str = "",
+    coco: str = VAL2014,
+    control: Control = "none",
+) -> Pope:
+    """Read POPE.
 
     Args:
-        objects: image -> its objects, without duplicates, in an order that matters.
-        split: random: any absent object; popular: the most frequent one; adversarial: the one that co-occurs most
-            often with the object asked about before.
-        rng: drawn from where the official code draws.
-        per_image: pairs of questions per image; images must have at least as many objects.
-        legacy_article: replace every "a" of the template by "an" before a vowel, as the official code does ("imange").
+        path: folder with ...random.json, ...popular.json, ...adversarial.json (any of them) or one file of all splits,
+            and images/ or val2014/; or a folder in COCO's format, from which questions are built.
+        source: files; coco: build by the official algorithm; scenes: of ``vislm data scenes``, which keep their own
+            questions; auto: files where there are any (and nothing is to be drawn), else scenes or coco.
+        split: random, popular, adversarial, or all.
+        parser: one of ``vislm.eval.pope_answers.PARSERS``: official, lmms-eval, pai (also SPIN's), vlmevalkit.
+        suffix: see ``vislm.eval.prompts.SUFFIXES``: none (as in the files), short (LLaVA), yes-no, one-word (VCD).
+        seed: of built questions.
+        draw: number of images to draw for built questions, 500 in the paper; None: all that show three objects.
+        files: pattern of the question files where a folder holds several sets, e.g. aokvqa_*.json.
+        coco: the part of COCO's own layout: annotations/instances_val2014.json, val2014/.
+        control: grey pictures or not.
 
     Raises:
-        UsageError: an image with too few objects, or one that shows so many that no absent object is left.
+        UnknownName: no such source, split, parser or suffix.
+        UsageError: the files' questions end in another suffix already, or ``draw`` for what is not drawn.
+        AnnotationError: a folder that is incomplete. Broken rows and questions with both labels become ``faults``.
     """
-    if split not in SPLITS:
-        raise UnknownName("POPE split", split, SPLITS)
-    counts, together = statistics(objects)
-    popular = sorted(counts, key=lambda o: -counts[o])
-    near = {o: sorted(others, key=lambda p: -others[p]) for o, others in together.items()}
-    vocabulary = list(counts)
-    questions: list[Question] = []
-
-    def ask(image: str, name: str, label: Label) -> None:
-        number = len(questions) + 1
-        text = _question(name, template, legacy_article)
-        questions.append(Question(f"{split}/{number}", split, image, text, label))
-
-    for image, shown in objects.items():
-        if len(shown) < per_image:
-            raise UsageError(f"{image} has {len(shown)} objects; POPE needs {per_image}")
-        used: list[str] = []
-        for name in shown[:per_image]:
-            used.append(name)
-            ask(image, name, "yes")
-            order = {"random": [], "popular": popular, "adversarial": near[name]}[split]
-            absent = next((o for o in order if o not in used and o not in shown), None)
-            if absent is None:
-                if not set(vocabulary) - set(shown) - set(used):
-                    raise UsageError(f"{image} leaves no absent object among the {len(vocabulary)} known ones")
-                while (absent := rng.choice(vocabulary)) in used or absent in shown:
-                    pass
-            used.append(absent)
-            ask(image, absent, "no")
-    return questions
+    parse("", parser)
+    suffix_text(suffix)
+    faults: list[str] = []
+    found = find_questions(path, source=source, files=files, coco=coco, draw=draw, seed=seed, faults=faults)
+    known = [*dict.fromkeys(q.split for q in found.questions), "all"]
+    if split not in known:
+        raise UnknownName("POPE split", split, known)
+    wanted = [q for q in found.questions if split in ("all", q.split)]
+    _check_suffix(wanted, suffix)
+    questions = _unambiguous(wanted, faults)
+    return Pope(questions, found.paths, parser, found.how, suffix, split, control, found.objects, found.themes, faults)
 
 
-def statistics(objects: Mapping[str, Sequence[str]]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Return how many images show each object, and how often two objects share an image, in order of appearance."""
-    counts: dict[str, int] = {}
-    together: dict[str, dict[str, int]] = {}
-    for shown in objects.values():
-        for name in shown:
-            counts[name] = counts.get(name, 0) + 1
-            row = together.setdefault(name, {})
-            for other in shown:
-                if other != name:
-                    row[other] = row.get(other, 0) + 1
-    return counts, together
+def _check_suffix(questions: Sequence[Question], suffix: str) -> None:
+    """Refuse to put a suffix behind another one, which LLaVA's question file, for one, comes with."""
+    for name, text in SUFFIXES.items():
+        if text and suffix not in ("none", name) and any(q.text.endswith(text) for q in questions):
+            raise UsageError(f"the questions already end in the suffix {name!r}; use suffix=none, not {suffix}")
 
 
-def object_of(text: str) -> str | None:
-    """Return the object that a question in the official words asks about; None for other questions."""
-    found = re.search(r"is there an? (.+?) in the iman?ge ?\?", text, re.IGNORECASE)
-    return found[1] if found else None
+def _unambiguous(questions: Sequence[Question], faults: list[str]) -> list[Question]:
+    """Leave out questions that are labelled both yes and no."""
+    labels: dict[str, set[str]] = {}
+    for q in questions:
+        labels.setdefault(_key(q), set()).add(q.label)
+    both = {key for key, found in labels.items() if len(found) > 1}
+    faults += [f"{q.id}: {q.text!r} about {q.image} is labelled both yes and no" for q in questions if _key(q) in both]
+    return [q for q in questions if _key(q) not in both]
 
 
-def _question(name: str, template: str, legacy_article: bool) -> str:
-    if name[:1] not in "aeiou" or not name:
-        return template.format(name)
-    if legacy_article:
-        return template.replace("a", "an").format(name)
-    return template.replace(" a {}", " an {}").format(name)
+def suspicions(benchmark: Pope) -> list[str]:
+    """Return what is no fault but not as published: missing splits, unequal labels, images without six questions."""
+    found = []
+    splits = Counter(q.split for q in benchmark.questions)
+    if benchmark.how.startswith("official files"):
+        expected = SPLITS if benchmark.split == "all" else (benchmark.split,)
+        found += [f"split {split}: no questions" for split in expected if split not in splits]
+        images = Counter((q.split, q.image) for q in benchmark.questions)
+        found += [
+            f"{split}: {image} has {n} questions; the current files ask {_PER_IMAGE}"
+            for (split, image), n in images.items()
+            if n != _PER_IMAGE
+        ]
+    for split, n in splits.items():
+        yes = sum(q.label == "yes" for q in benchmark.questions if q.split == split)
+        if 2 * yes != n:
+            found.append(f"split {split}: {yes} yes, {n - yes} no; expected as many of each")
+    return found

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -250,6 +251,7 @@ def _left_out(benchmark: Benchmark) -> list[dict[str, str]]:
     return [{"id": "", "error": fault} for fault in benchmark.faults]
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vislm.data.scene_categories import CATEGORIES, THEMES, UNIVERSALS
-from vislm.eval.pope import SPLITS, TEMPLATE, Question, auroc
+from vislm.eval.pope_answers import auroc
+from vislm.eval.pope_questions import SPLITS, TEMPLATE, Question
 
 STATISTICS = Path(__file__).parent / "data" / "scene_co_occurrence.json"
 """Co-occurrence counts of 4,000 biased scenes of seed 5, rows and columns in the order of ``CATEGORIES``."""
@@ -62,27 +63,35 @@ def probability(category: str, theme: str) -> float:
 
 def context_oracle(category: str, others: Sequence[str]) -> float:
     """Return P(category present | exactly ``others`` of the remaining categories are present), by Bayes over themes."""
-    weights = {}
+    shown, total, present = set(others), 0.0, 0.0
     for theme, (prior, _) in THEMES.items():
         weight = prior
-        for name in CATEGORIES:
+        for name, p in _probabilities(theme).items():
             if name != category:
-                p = probability(name, theme)
-                weight *= p if name in others else 1.0 - p
-        weights[theme] = weight
-    return sum(w * probability(category, t) for t, w in weights.items()) / sum(weights.values())
+                weight *= p if name in shown else 1.0 - p
+        total += weight
+        present += weight * probability(category, theme)
+    return present / total
+
+
+@cache
+def _probabilities(theme: str) -> dict[str, float]:
+    return {name: probability(name, theme) for name in CATEGORIES}
 
 
 def oracle_table(
     questions: Sequence[Question], objects: Mapping[str, Sequence[str]], themes: Mapping[str, str | None]
 ) -> dict[str, dict[str, Any]]:
     """Return split -> oracle -> AUROC, accuracy at its best threshold (fitted on these questions) and at 1/2."""
+    context: dict[tuple[str, str], float] = {}  # splits share questions
     table: dict[str, dict[str, Any]] = {}
-    for split in SPLITS:
+    for split in dict.fromkeys(q.split for q in questions):
         asked = [(q, q.id.rsplit("/", 1)[1]) for q in questions if q.split == split]
+        for q, c in asked:
+            if (q.image, c) not in context:
+                context[q.image, c] = context_oracle(c, [o for o in objects[q.image] if o != c])
         positive = [q.label == "yes" for q, _ in asked]
-        context = [context_oracle(c, [o for o in objects[q.image] if o != c]) for q, c in asked]
-        table[split] = {"context_only": _accuracies(positive, context)}
+        table[split] = {"context_only": _accuracies(positive, [context[q.image, c] for q, c in asked])}
         if all(themes.get(q.image) for q, _ in asked):
             theme = [probability(c, str(themes[q.image])) for q, c in asked]
             table[split]["true_theme"] = _accuracies(positive, theme)
@@ -91,7 +100,11 @@ def oracle_table(
 
 def _accuracies(positive: Sequence[bool], scores: Sequence[float]) -> dict[str, float]:
     n = max(1, len(scores))
-    thresholds = [*sorted(set(scores)), float("inf")]
-    best = max(sum((s >= t) == p for s, p in zip(scores, positive, strict=True)) for t in thresholds)
+    right = best = sum(positive)  # at the lowest threshold all are called present
+    ranked = sorted(zip(scores, positive, strict=True))
+    for place, (score, present) in enumerate(ranked, start=1):
+        right += -1 if present else 1
+        if place == len(ranked) or ranked[place][0] != score:
+            best = max(best, right)
     at_half = sum((s > 0.5) == p for s, p in zip(scores, positive, strict=True))
     return {"auroc": auroc(positive, scores), "best_accuracy": best / n, "accuracy_at_half": at_half / n}

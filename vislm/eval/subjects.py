@@ -12,7 +12,15 @@ from typing import Any, Protocol
 from vislm.errors import UnknownName, UsageError, VislmError
 from vislm.eval.protocol import Asked, Subject
 
-SUBJECTS = {"lmm": "vislm.eval.subjects:open_lmm"}
+SUBJECTS = {
+    "lmm": "vislm.eval.subjects:open_lmm",
+    "classifier": "vislm.eval.vision.classifier:open_classifier",
+    "detector": "vislm.eval.vision.detector:open_detector",
+    "features": "vislm.eval.vision.features:open_features",
+    "image_text": "vislm.eval.vision.image_text:open_image_text",
+    "segmenter": "vislm.eval.vision.segmenter:open_segmenter",
+    "zero_shot": "vislm.eval.vision.zero_shot_model:open_zero_shot",
+}
 """Kind of subject -> "module:function" that opens one: (model, prune, heads, dtype, device) -> context of a Subject."""
 
 
@@ -76,11 +84,25 @@ def as_subject(model: AnswersQuestions | Subject) -> Subject:
     raise UsageError(f"{type(model).__name__} cannot be evaluated; expected a vislm.LMM or an object with respond()")
 
 
+def keep_tokens(subject: Subject) -> None:
+    """Let an LMM's rows say which visual tokens were left.
+
+    Raises:
+        UsageError: the subject is no LMM.
+    """
+    if not isinstance(subject, LmmSubject):
+        raise UsageError(f"--store-kept is for LMMs; {type(subject).__name__} has no visual tokens to store")
+    subject.store_kept = True
+
+
 class LmmSubject:
     """An LMM that answers by text, by candidate words or by the likelihood of whole choices."""
 
     def __init__(self, lmm: AnswersQuestions) -> None:
         self._lmm = lmm
+        self.store_kept = False
+        """Whether rows of free answers get the key "kept": see ``vislm.eval.kept_tokens``. Changes no answer."""
+        self._one_at_a_time = False
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the model's own fingerprint and a digest of its processor's settings."""
@@ -99,7 +121,7 @@ class LmmSubject:
             if chosen := [asked for asked in batch if asked.sample.choices]:
                 rows.update(self._choose(chosen))
             if open_ended := [asked for asked in batch if not asked.sample.choices]:
-                rows.update(self._answer(open_ended, max_new_tokens))
+                rows.update(self._answer_all(open_ended, max_new_tokens))
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
@@ -108,6 +130,33 @@ class LmmSubject:
                 "kept, and the results do not depend on it"
             ) from error
         return [rows[asked.sample.id] for asked in batch]
+
+    def _answer_all(self, batch: Sequence[Asked], max_new_tokens: int) -> dict[str, dict[str, Any]]:
+        if not self.store_kept:
+            return self._answer(batch, max_new_tokens)
+        if not self._one_at_a_time:
+            rows, kept = self._answer(batch, max_new_tokens), self._kept(batch)
+            if kept is not None:
+                return {i: {**row, **kept[i]} for i, row in rows.items()}
+            self._one_at_a_time = len(batch) > 1  # of a model that splits batches, only the last call is on record
+            if not self._one_at_a_time:
+                return rows
+        found: dict[str, dict[str, Any]] = {}
+        for asked in batch:
+            row = self._answer([asked], max_new_tokens)[asked.sample.id]
+            found[asked.sample.id] = {**row, **(self._kept([asked]) or {}).get(asked.sample.id, {})}
+        return found
+
+    def _kept(self, batch: Sequence[Asked]) -> dict[str, dict[str, Any]] | None:
+        """Return the key "kept" for samples of which tokens were dropped; None if the call cannot be told apart."""
+        from vislm.eval.kept_tokens import kept_per_picture
+
+        found = kept_per_picture(self._lmm, [image.size for asked in batch for image in asked.images])
+        if found is None:
+            return None
+        pictures = iter(found)
+        of_sample = {asked.sample.id: [next(pictures) for _ in asked.images] for asked in batch}
+        return {i: {"kept": kept} if any(kept) else {} for i, kept in of_sample.items()}
 
     def _answer(self, batch: Sequence[Asked], max_new_tokens: int) -> dict[str, dict[str, Any]]:
         words = list(dict.fromkeys(word for asked in batch for word in asked.sample.candidates))

@@ -17,6 +17,9 @@ from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, read_
 MODULES = {
     "amber discriminative": "amber",
     "coco caption metrics": "coco_caption",
+    "coco detection map": "coco_detection",
+    "image-text retrieval r@k": "retrieval",
+    "k-nn classification (dino protocol)": "knn",
     "mme": "vqa",
     "scienceqa": "vqa",
     "vqa answer normalisation": "vqa",

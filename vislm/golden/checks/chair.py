@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vislm.eval import chair
+from vislm.eval.chair_scores import CaptionScore, overall, read_object_table, score_caption
 from vislm.eval.singularize import singularize
 from vislm.eval.vocabulary import coco_vocabulary
 from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, exact
@@ -33,7 +33,7 @@ def check(fixture: Fixture) -> Iterator[Comparison | Skipped]:
 
 def _sentences(cases: list[dict[str, Any]]) -> Iterator[Comparison]:
     for number, case in enumerate(cases):
-        score = chair.score_caption(case["caption"], case["gt_objects"], coco_vocabulary())
+        score = score_caption(case["caption"], case["gt_objects"], coco_vocabulary())
         ours = {
             "tokens_after_merge": score.mentions.tokens,
             "object_words": score.mentions.words,
@@ -51,7 +51,7 @@ def _sentences(cases: list[dict[str, Any]]) -> Iterator[Comparison]:
 def _captions(data: dict[str, Any]) -> Iterator[Comparison]:
     scores = []
     for case in data["captions"]:
-        score = chair.score_caption(case["caption"], case["gt"], coco_vocabulary())
+        score = score_caption(case["caption"], case["gt"], coco_vocabulary())
         scores.append(score)
         name = case["image_id"]
         yield exact(f"{name}.nodes", score.mentions.nodes, case["nodes"])
@@ -61,8 +61,8 @@ def _captions(data: dict[str, Any]) -> Iterator[Comparison]:
     yield from _overall("overall", scores, {**data.get("overall", {}), "mean_tokens": data.get("mean_tokens")})
 
 
-def _overall(name: str, scores: list[chair.CaptionScore], expected: dict[str, Any]) -> Iterator[Comparison]:
-    ours = chair.overall(scores)
+def _overall(name: str, scores: list[CaptionScore], expected: dict[str, Any]) -> Iterator[Comparison]:
+    ours = overall(scores)
     for theirs, key in OVERALL.items():
         if expected.get(theirs) is not None:
             yield Comparison(f"{name}.{theirs}", abs(ours[key] - expected[theirs]), 1e-9)
@@ -70,7 +70,7 @@ def _overall(name: str, scores: list[chair.CaptionScore], expected: dict[str, An
 
 def _files(fixture: Fixture) -> Iterator[Comparison | Skipped]:
     table = _find(fixture, "coco_objects/chair_ground_truth_pattern2014.json.gz")
-    truth = chair.read_object_table(table, coco_vocabulary())
+    truth = read_object_table(table, coco_vocabulary())
     keys = fixture.kwargs
     for name, expected in fixture.data["overall"].items():
         try:
@@ -80,7 +80,7 @@ def _files(fixture: Fixture) -> Iterator[Comparison | Skipped]:
             continue
         rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
         image, caption = keys.get("image_id_key", "image_id"), keys.get("caption_key", "caption")
-        scores = [chair.score_caption(r[caption], truth[int(r[image])], coco_vocabulary()) for r in rows]
+        scores = [score_caption(r[caption], truth[int(r[image])], coco_vocabulary()) for r in rows]
         yield from _overall(name, scores, expected)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from vislm.eval import pope
+from vislm.eval.pope_answers import metrics, parse
+from vislm.eval.pope_build import build, statistics
+from vislm.eval.pope_questions import SPLITS, TEMPLATE
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, exact
 
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -28,9 +30,9 @@ def check(fixture: Fixture) -> Iterator[Comparison]:
 
 
 def _answers(fixture: Fixture, answers: list[str], labels: list[str], expected: list[str]) -> Iterator[Comparison]:
-    predictions = [pope.parse(a) for a in answers]
+    predictions = [parse(a) for a in answers]
     yield exact("predictions", predictions, expected)
-    ours = pope.metrics(labels, predictions)
+    ours = metrics(labels, predictions)
     for key in ("TP", "FP", "TN", "FN"):
         if key in fixture.data:
             yield exact(key, ours[key], fixture.data[key])
@@ -42,22 +44,22 @@ def _answers(fixture: Fixture, answers: list[str], labels: list[str], expected: 
 def _build(fixture: Fixture) -> Iterator[Comparison]:
     data, options = fixture.data, fixture.kwargs
     objects = {row["image"]: row["objects"] for row in data["segmentation"]}
-    counts, together = pope.statistics(objects)
+    counts, together = statistics(objects)
     if "ground_truth_objects" in data:
         yield exact("ground_truth_objects", list(counts.items()), list(data["ground_truth_objects"].items()))
     if "co_occur" in data:
         ours = {o: sorted(row, key=lambda p: -row[p]) for o, row in together.items()}
         theirs = {o: [n if isinstance(n, str) else n[0] for n in row] for o, row in data["co_occur"].items()}
         yield exact("co_occur", ours, theirs)
-    for split in pope.SPLITS:
+    for split in SPLITS:
         if split not in data:
             continue
-        built = pope.build(
+        built = build(
             objects,
             split,
             random.Random(options.get("seed", 0)),
             per_image=options.get("sample_num", 3),
-            template=options.get("template", pope.TEMPLATE),
+            template=options.get("template", TEMPLATE),
             legacy_article=True,
         )
         ours = [

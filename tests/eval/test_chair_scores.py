@@ -13,7 +13,7 @@ from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scenes import generate_scenes
 from vislm.data.turns import caption, plural
 from vislm.errors import AnnotationError, UsageError
-from vislm.eval import chair
+from vislm.eval import chair_scores as chair
 from vislm.eval.singularize import singularize
 from vislm.eval.vocabulary import coco_vocabulary, vocabulary_of
 
@@ -53,6 +53,15 @@ def test_repeated_mentions_count_each_time() -> None:
     assert chair.overall([score])["CHAIR_i"] == pytest.approx(2 / 3)
 
 
+def test_f1_counts_each_object_once_per_caption() -> None:
+    once, thrice = (
+        chair.score_caption(t, {"dog", "cup"}, coco_vocabulary()) for t in ("a dog, a cat", "a dog, a dog and a dog")
+    )
+    precision, recall = 1 / 2, 1 / 2
+    assert chair.overall([once])["F1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert chair.overall([once, thrice])["F1"] == pytest.approx(4 / 7)
+
+
 def test_no_mentions_and_no_truth() -> None:
     result = chair.overall([chair.score_caption("", set(), coco_vocabulary())])
     assert (result["CHAIR_i"], result["Recall"], len(result["warnings"])) == (0.0, 0.0, 2)
@@ -68,10 +77,20 @@ def test_object_tables(tmp_path) -> None:
     path = tmp_path / "table.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"7": [1, 3]}).encode()))
     assert chair.read_object_table(path, coco_vocabulary()) == {7: {"person", "car"}}
-    for content in (b"junk", path.read_bytes()[:-9], gzip.compress(b'{"7": [999]}'), gzip.compress(b"[]")):
+    whole = path.read_bytes()
+    for content, message in (
+        (b"junk", "cannot read"),
+        (whole[:-9], "cannot read"),
+        (gzip.compress(b"[]"), "expected a dict"),
+        (gzip.compress(b'{"7": [999], "x": [1]}'), "2 faults: table.json.gz: image 7 has .999.; expected a list"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(AnnotationError, match="not an object table"):
+        with pytest.raises(AnnotationError, match=message):
             chair.read_object_table(path, coco_vocabulary())
+    faults: list[str] = []
+    path.write_bytes(gzip.compress(b'{"7": [999], "8": [1], "x": [1], "9": 3, "10": [true]}'))
+    assert chair.read_object_table(path, coco_vocabulary(), faults) == {8: {"person"}}
+    assert [fault.split()[1:3] for fault in faults] == [["image", "7"], ["key", "'x'"], ["image", "9"], ["image", "10"]]
 
 
 @given(st.text(max_size=60))

@@ -10,8 +10,8 @@ import pytest
 from lmm_folders import FOLDERS
 
 from vislm.errors import UnknownName, VislmError
+from vislm.eval.benchmarks import BENCHMARKS, LMM_BENCHMARKS, load_benchmark, options, read_options
 from vislm.eval.checks import check_folder
-from vislm.eval.lmm_benchmarks import LMM_BENCHMARKS, load, options, read_options
 from vislm.eval.runner import rescore, run
 from vislm.eval.specs import benchmark_names, open_benchmark
 
@@ -27,7 +27,7 @@ def lmm():
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_embedded_model_runs_it(name, lmm, tmp_path) -> None:
-    task = load(name, FOLDERS[name](tmp_path), **OPTIONS.get(name, {}))
+    task = load_benchmark(name, FOLDERS[name](tmp_path), **OPTIONS.get(name, {}))
     results = run(task, lmm, tmp_path / "out", batch_size=4, limit=3)
     assert results["n"] == 3
     assert results["n_missing"] == 0
@@ -37,7 +37,7 @@ def test_the_embedded_model_runs_it(name, lmm, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", LMM_BENCHMARKS)
 def test_what_every_benchmark_states(name, tmp_path) -> None:
-    task = load(name, FOLDERS[name](tmp_path), control="grey")
+    task = load_benchmark(name, FOLDERS[name](tmp_path), control="grey")
     assert task.name == name
     assert task.control == "grey"
     assert task.max_new_tokens >= 8
@@ -53,16 +53,17 @@ def test_options(name, tmp_path) -> None:
     known = options(name)
     assert "control" not in known
     with pytest.raises(UnknownName, match=f"option of {name}"):
-        load(name, FOLDERS[name](tmp_path), nonsense=1)
+        load_benchmark(name, FOLDERS[name](tmp_path), nonsense=1)
     assert read_options(name, "") == {}
 
 
 def test_names(tmp_path) -> None:
-    assert benchmark_names().keys() >= {*LMM_BENCHMARKS, "chair", "pope"}
+    assert benchmark_names() == BENCHMARKS
+    assert BENCHMARKS.keys() >= {*LMM_BENCHMARKS, "chair", "pope"}
     task = open_benchmark("pope: parser=pai , suffix=short", FOLDERS["pope"](tmp_path), control="grey")
     assert (task.protocol["parser"], task.protocol["suffix"], task.control) == ("pai", "short", "grey")
     with pytest.raises(UnknownName, match="did you mean 'mmbench'"):
-        load("mmbnech", tmp_path)
+        load_benchmark("mmbnech", tmp_path)
 
 
 VALUES = [

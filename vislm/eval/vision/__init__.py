@@ -1,0 +1,1 @@
+"""Benchmarks of vision models: classification, features, retrieval, detection, segmentation."""
