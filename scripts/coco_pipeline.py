@@ -1,4 +1,4 @@
-"""What the real-data checks on COCO pictures need and no trained model gives: the files behind tables of docs/benchmarks.md.
+"""Files behind the COCO tables of docs/benchmarks.md: what no trained model at hand gives.
 
     python scripts/coco_pipeline.py detections DATA OUT   # truth.json, perturbed.json: COCO results for vislm eval
     python scripts/coco_pipeline.py captions   DATA OUT   # each person's captions against the other four people's

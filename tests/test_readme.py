@@ -33,7 +33,7 @@ def test_python(here, capsys) -> None:
 def test_commands(here, monkeypatch, capsys) -> None:
     block = TEXT.split("## On the command line")[1].split("```")[1]
     lines = [line for line in block.splitlines() if line.startswith("vislm ")]
-    assert len(lines) == 12
+    assert len(lines) == 13
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
         with pytest.raises(SystemExit) as stop:
@@ -41,6 +41,7 @@ def test_commands(here, monkeypatch, capsys) -> None:
         assert stop.value.code == 0, f"{line}: {capsys.readouterr()}"
     assert (here / "tokens.png").is_file()
     assert (here / "runs" / "flowcut16" / "results.json").is_file()
+    assert (here / "runs" / "report" / "index.html").is_file()
 
 
 def test_links_lead_somewhere() -> None:

@@ -18,7 +18,9 @@ def score(
     partial: Annotated[
         bool, typer.Option("--partial", help="Score what is there; otherwise every sample must have a row.")
     ] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write the results here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.json", help="Write the results here.")
+    ] = None,
 ) -> None:
     """Score answers again, without a model: another parser, or what another program has answered."""
     from vislm.eval.runner import rescore
