@@ -51,7 +51,7 @@ def options(kind: str, name: str) -> dict[str, tuple[str, Any]]:
     """Return option -> (type, default) of a method."""
     cls = method(kind, name)
     hints = typing.get_type_hints(cls)
-    return {f.name: (_type_name(hints[f.name]), f.default) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    return {f.name: (_type_name(hints[f.name], f.name), f.default) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
 
 
 def build(kind: str, spec: str) -> Intervention:
@@ -109,13 +109,18 @@ def _from_mapping(kind: str, name: str, chosen: dict[str, Any]) -> Intervention:
         if isinstance(value, dict):
             nested[key] = _from_mapping("pruning", str(value.get("method")), value.get("options") or {})
         else:
-            pairs.append(f"{key}={'+'.join(map(str, value)) if isinstance(value, list) else value}")
+            pairs.append(f"{key}={'+'.join(map(_entry, value)) if isinstance(value, list) else value}")
     built = build(kind, f"{name}:{','.join(pairs)}")
     known = {f.name for f in dataclasses.fields(built)}  # pyright: ignore[reportArgumentType]
     for key in nested:
         if key not in known:
             raise UnknownName(f"option of {name}", key, known)
     return dataclasses.replace(built, **nested)  # pyright: ignore[reportArgumentType]
+
+
+def _entry(value: Any) -> str:
+    """Return an entry of a list as text; [16, 29] is a head."""
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def parse_value(text: str, hint: Any, where: str) -> Any:
@@ -153,7 +158,7 @@ def parse_value(text: str, hint: Any, where: str) -> Any:
             pass
     elif hint is str:
         return text
-    raise UsageError(f"{where}={text!r}: expected {_type_name(hint)}")
+    raise UsageError(f"{where}={text!r}: expected {_type_name(hint, where)}")
 
 
 def _strictness(hint: Any) -> int:
@@ -162,16 +167,34 @@ def _strictness(hint: Any) -> int:
 
 def _range(part: str) -> range:
     first, _, last = part.partition("-")
-    return range(int(first), int(last or first) + 1)
+    numbers = range(int(first), int(last or first) + 1)
+    if not numbers:
+        raise ValueError(f"{part} ends before it begins")
+    return numbers
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: Any, option: str) -> str:
+    """Return what an option takes; ``option`` ends in its name, which tells one list of whole numbers from another."""
     if typing.get_origin(hint) is typing.Literal:
         return " | ".join(map(repr, typing.get_args(hint)))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " | ".join(_type_name(h) for h in typing.get_args(hint))
+        choices = typing.get_args(hint)
+        listed = any(typing.get_origin(h) is tuple for h in choices)
+        return " | ".join("a file" if h is str and listed else _type_name(h, option) for h in choices)
     if typing.get_origin(hint) is tuple:
-        return "numbers such as 0.5+0.25" if typing.get_args(hint)[0] is float else "layers such as 1+18-31"
+        return _list_name(typing.get_args(hint)[0], option)
     if getattr(hint, "__name__", "") == "Intervention":
         return "the name of a pruning method"
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _list_name(entry: Any, option: str) -> str:
+    """Return what a list of such entries is, with an example."""
+    width = len(typing.get_args(entry))
+    if width:
+        return "heads such as 16/29+26/9" if width == 2 else "factors of heads such as 3/0/1.5+4/7/0.8"
+    if entry is float:
+        return "numbers such as 0.5+0.25"
+    if option.endswith("dims"):
+        return "dimensions such as 1415+2533"
+    return "layers such as 1+18-31" if option.endswith("layers") else "whole numbers such as 8+4+2"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import math
 import re
 import sys
 
@@ -14,12 +16,12 @@ import torch
 import typer
 from PIL import Image
 
-from vislm import FlowCut, RandomPruning, load_lmm
+from vislm import FlowCut, RandomPruning, load_lmm, registry
 from vislm.analysis import Analysis, analyze_lmm, analyze_vit
 from vislm.analysis.results import padded_stack
 from vislm.cli.analyze import analyze
 from vislm.data.scenes import generate_scenes
-from vislm.errors import AnnotationError, UnknownName, UsageError
+from vislm.errors import AnnotationError, PlanConflict, UnknownName, UsageError
 from vislm.report.analysis.explorer import explorer_data, script_safe
 from vislm.report.analysis.heatmaps import colour_range, head_sheet, short
 from vislm.report.analysis.page import write_report
@@ -73,13 +75,19 @@ def test_every_part_of_an_lmm_leaves_finite_numbers(of_lmm) -> None:
     assert of_lmm.tensors["knockout.change"].abs().max() > 50  # the image's way to the question, early
 
 
-def test_every_part_of_a_vit_leaves_finite_numbers(of_vit) -> None:
+def test_every_part_of_a_vit_leaves_finite_numbers(vit, of_vit) -> None:
     assert "skipped" not in of_vit.header
     for name in of_vit.header["measures"]:
         assert of_vit.tensors[name].shape == (3, 3), name
         assert of_vit.tensors[name].isfinite().all(), name
     assert of_vit.tensors["maps.full"].shape == (3, 3, 25, 25)
     assert of_vit.tensors["rollout.map"].shape == (4, 6)
+    full = of_vit.tensors["maps.full"].float()[0]  # (H, 25, 25) of the first image
+    entropy = -torch.xlogy(full, full).sum(-1).mean(-1) / math.log(25)
+    assert (of_vit.tensors["dormant.row_entropy"] <= 1.0).all()
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    alone = analyze_vit(vit, images[:1], what="dormant").tensors["dormant.row_entropy"][0]
+    torch.testing.assert_close(alone, entropy, atol=2e-3, rtol=1e-2)
     torch.testing.assert_close(of_vit.tensors["distance.mean_pixels"], 16 * of_vit.tensors["distance.mean"])
     assert of_vit.header["grids"] == [[4, 6]] * 3
 
@@ -109,6 +117,44 @@ def test_under_a_pruner_the_rest_of_the_image_is_empty(scenes) -> None:
     assert int((rows.sum((0, 1, 2)) > 0).sum()) <= 10
     with lmm.using(RandomPruning(keep=10)):
         analyze_lmm(lmm, scenes[0], QUESTION, what="visual,rollout", max_new_tokens=2)
+
+
+METHODS = (
+    "act:heads=1/2+2/3,threshold=0.02",
+    "ad_hh:heads=1/2+2/3,threshold=0.05",
+    "air:heads=1/2",
+    *("dola", "imbalanced", "ilvad:draft_tokens=3", "pai", "spin:keep_ratio=0.5", "vaf", "var:tau=5,dims=3+7", "vcd"),
+    *("vhr", "zerotuning:factors=1/0/3.0+2/1/0.5"),
+)
+LEFT_OUT = {
+    "ilvad": {"sink_dims", "massive", "lens", "importance", "knockout"},
+    **{name: {"knockout"} for name in ("act", "ad_hh", "air", "imbalanced", "pai", "spin", "vaf", "var", "zerotuning")},
+}
+"""Parts that contradict a method: bare forwards where a draft comes first, and another owner of the edited rows."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_under_every_head_method(method: str, scenes) -> None:
+    name, lmm = method.partition(":")[0], load_lmm()
+    with lmm.using(registry.build("heads", method)):
+        found = analyze_lmm(lmm, scenes[0], QUESTION, tau=8.0, rows=16, max_new_tokens=3)
+        if name in ("pai", "vhr"):
+            with pytest.raises(PlanConflict) if name == "pai" else contextlib.nullcontext():
+                analyze_lmm(lmm, scenes[0], QUESTION, what="knockout")
+    skipped = set(found.header.get("skipped", {}))
+    assert skipped - {"retrieval", "rollout"} == LEFT_OUT.get(name, set())
+    assert all(name in found.header["skipped"][part] for part in skipped - {"retrieval", "rollout"})
+    assert all(found.tensors[measure].isfinite().all() for measure in found.header["measures"])
+    assert {tensor.split(".")[0] for tensor in found.tensors} >= {"visual", "sinks", "dormant", "divergence", "maps"}
+
+
+def test_every_method_is_analyzed_or_refused(scenes) -> None:
+    lmm = load_lmm()
+    assert sorted(method.partition(":")[0] for method in METHODS) == sorted(
+        set(registry.names("heads")) - {"carve", "opera"}
+    )
+    with lmm.using(registry.build("heads", "opera")), pytest.raises(PlanConflict, match=r"recorder .* and opera"):
+        analyze_lmm(lmm, scenes[0], QUESTION)
 
 
 def test_files_come_back(of_lmm, tmp_path) -> None:

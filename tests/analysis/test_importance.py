@@ -124,8 +124,10 @@ def test_chance_of_another_token(lmm) -> None:
 
 
 def test_divergence_bounds_and_ranks() -> None:
-    one, other = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-1e9, 0.0]])
+    one, other = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[-torch.inf, 0.0]])  # a method rules words out
     assert js_divergence(one.clamp(min=-1e9), other).item() == pytest.approx(math.log(2))
+    assert js_divergence(one, other).item() == pytest.approx(math.log(2))
+    assert js_divergence(one, one).item() == 0.0
     assert ranks(torch.tensor([3.0, 1.0, 3.0, 0.0])).tolist() == [3.5, 2.0, 3.5, 1.0]
     x = torch.arange(6.0).view(2, 3)
     maps = {"a": x, "b": x.exp(), "c": -x, "d": torch.zeros(2, 3)}

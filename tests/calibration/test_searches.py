@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from vislm import load_lmm
 from vislm.calibration import run
 from vislm.calibration.captions import read_caption, word_probabilities, write_caption
+from vislm.calibration.journal import open_journal
 from vislm.calibration.row_heads import RowHeads, Silenced
-from vislm.calibration.run import calibrate_heads, journal_path
+from vislm.calibration.run import calibrate_heads, fingerprint, journal_path
 from vislm.calibration.samples import load_samples
 from vislm.calibration.scores import Scorer
 from vislm.calibration.searches import Search
@@ -216,6 +217,47 @@ def test_a_planted_massive_activation_is_found(captions, tmp_path) -> None:
     with lmm.using(VAR(dims=str(tmp_path / "sinks.json"), tau=8.0)):
         lmm.ask(captions[0].image, captions[0].question, max_new_tokens=2)
     assert lmm.last_run.memory[0]["sinks"][2][0, 0]
+
+
+def test_a_killed_search_for_sinks_goes_on(lmm, captions, tmp_path, monkeypatch) -> None:
+    settings, whole = Settings("sinks", tau=0.5), mean_activations(lmm, captions)
+    expected = calibrate_heads(lmm, captions, settings, tmp_path / "a.json", WORDS)
+    asked: list[int] = []
+    real = type(lmm).ask
+
+    def ask(self, *args, **kwargs):
+        asked.append(len(asked))
+        if len(asked) == 2:
+            raise Killed
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(lmm), "ask", ask)
+    with pytest.raises(Killed):
+        calibrate_heads(lmm, captions, settings, tmp_path / "b.json", WORDS)
+    assert not (tmp_path / "b.json").exists()
+    asked.extend([9, 9])
+    assert calibrate_heads(lmm, captions, settings, tmp_path / "b.json", WORDS) == expected
+    assert len(asked) == 4 + len(captions) - 1  # the first sample was not asked again
+    with open_journal(journal_path(tmp_path / "b.json"), fingerprint(lmm, captions, settings)) as journal:
+        assert torch.equal(mean_activations(lmm, captions, journal), whole)
+    with pytest.raises(RunFolderError, match="belongs to another search"):
+        calibrate_heads(lmm, captions, replace(settings, tau=0.7), tmp_path / "b.json", WORDS)
+
+
+@pytest.mark.parametrize("what", [*SETTINGS, "sinks"])
+def test_an_artefact_of_another_model_is_refused(what, lmm, questions, captions, tmp_path) -> None:
+    samples = captions if what in ("ad_hh", "sinks") else questions
+    out = tmp_path / "found.json"
+    calibrate_heads(lmm, samples, SETTINGS.get(what, Settings("sinks", tau=0.5)), out, WORDS)
+    other = load_lmm("vislm-tiny")
+    with torch.no_grad():
+        other.model.model.language_model.embed_tokens.weight.neg_()
+    methods = {"act": ACT(str(out)), "ad_hh": ADHH(str(out)), "zerotuning": ZeroTuning(factors=str(out))}
+    method = methods.get(what, VAR(dims=str(out), tau=5.0))
+    with pytest.raises(UsageError, match="fingerprint"), other.using(method):
+        pass
+    with lmm.using(method):
+        pass
 
 
 def test_the_means_are_those_of_hidden_states(lmm, captions) -> None:

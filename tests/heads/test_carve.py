@@ -19,6 +19,7 @@ from vislm.cli import carve as command
 from vislm.data.scenes import generate_scenes
 from vislm.errors import ImageError, PlanConflict, UsageError
 from vislm.heads.carve import Carve, Recorder, carve, regions
+from vislm.heads.opera import OPERA
 from vislm.heads.var import VAR
 
 TINY = {"suffix": "", "general": "describe the image ."}
@@ -156,7 +157,9 @@ def test_methods_in_force_act_in_all_passes(lmm, scene) -> None:
     with lmm.using(FlowCut(keep=16)):
         result = carve(lmm, scene.image, "describe the image .", **TINY)
         assert result.answer == lmm.ask(result.refined, "describe the image .")
-    with lmm.using(VAR(tau=5.0, dims=(3,))), pytest.raises(PlanConflict, match="var and carve both edit"):
+    with lmm.using(VAR(tau=5.0, dims=(3,))):
+        assert carve(lmm, scene.image, "describe the image .", **TINY).steps > 0
+    with lmm.using(OPERA()), pytest.raises(PlanConflict, match="carve keeps a record of every token, and opera"):
         carve(lmm, scene.image, "describe the image .", **TINY)
 
 

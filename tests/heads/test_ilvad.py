@@ -158,8 +158,6 @@ def test_what_cannot_have_a_draft_is_refused() -> None:
     with attach(model, METHOD), torch.no_grad():
         with pytest.raises(UsageError, match="reads a draft of the answer first"):
             model(**inputs)
-        with pytest.raises(UsageError, match="num_beams=3"):
-            model.generate(**inputs, num_beams=3, max_new_tokens=2)
         with pytest.raises(UsageError, match="past_key_values"):
             model.generate(**inputs, past_key_values=object(), max_new_tokens=2)
         assert "generate" in vars(model)

@@ -17,7 +17,7 @@ from running import GENERATE, KeepGiven, generate, hook_count, one_image
 from torch import Tensor
 
 from vislm import FastV, FlowCut, attach, load_lmm, registry
-from vislm.errors import PlanConflict, UsageError
+from vislm.errors import UsageError
 from vislm.heads.opera import OPERA, longer_columns, normalised_row, over_trust, summary_place
 from vislm.heads.vcd import VCD
 from vislm.lmm.interventions import EditStage
@@ -356,18 +356,32 @@ def test_a_batch_is_refused_by_generate() -> None:
 
 
 class Last:
-    """Edits the last layer."""
+    """Lets the last layer look at the first token alone."""
 
     name = "last"
 
     def plan(self, adapter) -> list[EditStage]:
-        return [EditStage(frozenset({len(adapter.layers) - 1}), lambda view: None)]
+        def first(view):
+            return torch.zeros_like(view.logits).index_fill(-1, torch.tensor([0]), 1.0)
+
+        return [EditStage(frozenset({len(adapter.layers) - 1}), first)]
+
+
+def test_it_judges_by_the_attention_that_other_methods_leave() -> None:
+    """Where nothing looks at the image, every candidate has the same penalty."""
+    model, inputs = tiny(0), one_image("llava", 0)
+    method = OPERA(num_beams=3, penalty_weight=1e4, threshold=None, image_steps=100)
+    _, alone, _ = generate(model, inputs, method)
+    _, plain, _ = generate(model, inputs, num_beams=3)
+    assert not torch.equal(alone.sequences, plain.sequences)
+    for methods in ((method, Last()), (Last(), method)):
+        _, both, _ = generate(model, inputs, *methods)
+        _, edited, _ = generate(model, inputs, Last(), num_beams=3)
+        assert torch.equal(both.sequences, edited.sequences)
 
 
 def test_conflicts_and_impossible_options() -> None:
     model = models.llava()
-    with pytest.raises(PlanConflict, match=r"opera and last both edit .* \[4\]"), attach(model, OPERA(), Last()):
-        pass
     wrong = {"candidates": 0, "penalty_weight": -1.0, "threshold": 0, "window_size": 0, "retries": 0}
     for name, value in wrong.items():
         with pytest.raises(UsageError, match=f"{name}={value}"), attach(model, OPERA(**{name: value})):  # pyright: ignore[reportArgumentType]

@@ -22,12 +22,12 @@ from vislm.lmm.interventions import EditStage, EditView
 
 @dataclass
 class HeadEntropy:
-    """Entropies of causal attention, divided by their largest possible value."""
+    """Entropies of one attention, divided by their largest possible value."""
 
     rows: Tensor
-    """(B, H, T) of each row over the keys that it sees; 0 in the first one."""
+    """(B, H, T) of each row over the keys that it sees; 0 where it sees one alone."""
     columns: Tensor
-    """(B, H, T) of each column over the rows that see it; 0 in the last one."""
+    """(B, H, T) of each column over the rows that see it; 0 where one alone does."""
     valid: Tensor
     """(B, T) bool."""
 
@@ -46,12 +46,13 @@ class HeadEntropy:
         return (self.row_mean < row_threshold) & (self.column_max > column_threshold)
 
 
-def head_entropy(source: RowSource | Tensor, valid: Tensor | None = None) -> HeadEntropy:
-    """Return the entropies of one causal attention, from its rows.
+def head_entropy(source: RowSource | Tensor, valid: Tensor | None = None, causal: bool = True) -> HeadEntropy:
+    """Return the entropies of one attention, from its rows.
 
     Args:
         source: the attention, or its matrix (B, H, T, T).
         valid: (B, T) bool, False on padding (on the left).
+        causal: a row sees earlier keys alone; False: all of them.
 
     Raises:
         UsageError: more keys than queries.
@@ -77,8 +78,9 @@ def head_entropy(source: RowSource | Tensor, valid: Tensor | None = None) -> Hea
     # -sum p ln p with p = a / s is ln s - (sum a ln a) / s
     known = total > 0
     raw = torch.where(known, total.clamp(min=1e-38).log() - self_information / total.clamp(min=1e-38), 0.0)
-    seen = valid.cumsum(-1).float()
-    seeing = valid.flip(-1).cumsum(-1).flip(-1).float()
+    seen = seeing = valid.sum(-1, keepdim=True).expand_as(valid).float()
+    if causal:
+        seen, seeing = valid.cumsum(-1).float(), valid.flip(-1).cumsum(-1).flip(-1).float()
     return HeadEntropy(_over_log(torch.cat(parts, -1), seen, valid), _over_log(raw, seeing, valid), valid)
 
 

@@ -6,6 +6,7 @@ Michel et al., "Are Sixteen Heads Really Better than One?", NeurIPS 2019, arXiv 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +57,9 @@ def effects(base: Prediction, without: Prediction, labels: Tensor | None) -> dic
 
 
 def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence (...) in nats of log-probabilities (..., classes)."""
-    middle = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
-    one, other = ((log.exp() * (log - middle)).sum(-1) for log in (log_p, log_q))
+    """Return the Jensen-Shannon divergence (...) in nats of log-probabilities (..., classes), which may be -inf."""
+    middle = torch.logaddexp(log_p, log_q) - math.log(2.0)
+    one, other = (torch.where(log.isneginf(), 0.0, log.exp() * (log - middle)).sum(-1) for log in (log_p, log_q))
     return 0.5 * (one + other)
 
 

@@ -76,8 +76,9 @@ class Recorder:
                 prepare=functools.partial(self._prefill, len(layers)),
                 needs_hidden=bool(self.sink_dims),
                 every_sample=True,
+                observes=True,
             ),
-            HeadStage(layers, self._heads, "image_only" if self.divergence else "no"),
+            HeadStage(layers, self._heads, "any" if self.divergence else "no"),
         ]
 
     # -- what the stages call ----------------------------------------------------------------------------------------
@@ -126,7 +127,9 @@ class Recorder:
         )
 
     def _heads(self, view: HeadView) -> None:
-        recording: Recording = view.memory[_KEY]
+        recording: Recording | None = view.memory.get(_KEY)
+        if recording is None:  # a draft that another method writes first
+            return
         recording.steps[-1][view.layer].head_norm = view.image_output.float().norm(dim=-1)
         if view.text_only_output is not None:
             recording.divergence[view.layer] = divergence(view.image_output, view.text_only_output)

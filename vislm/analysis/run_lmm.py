@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from vislm.analysis.results import Analysis
 from vislm.analysis.sink_dims import find_sink_dims
 from vislm.analysis.tower import add_tower
 from vislm.analysis.what import chosen_parts
-from vislm.errors import UsageError
+from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.model import LMM, ImageSource
 
 PARTS = (
@@ -56,7 +57,9 @@ def analyze_lmm(
 ) -> Analysis:
     """Return the analysis of a model answering one question about images; head maps are means over the images.
 
-    Methods that are in force (``lmm.using``) stay so while attention is recorded.
+    Methods that are in force (``lmm.using``) stay so: what is recorded of the last prompt row and of the answer's rows
+    is the attention that they leave. Sums over all of the prompt's rows (sinks, dormant heads, flow) are of the layers'
+    attention before any edit. With "all", parts that contradict a method are left out, and the header says why.
 
     Args:
         lmm: the model.
@@ -74,6 +77,7 @@ def analyze_lmm(
 
     Raises:
         UsageError: an unknown part; "retrieval" asked for without a box.
+        PlanConflict: a method in force contradicts a part that was asked for, or searches (opera).
     """
     parts = chosen_parts(what, PARTS)
     pictures = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
@@ -98,7 +102,10 @@ def analyze_lmm(
             "interventions": lmm.fingerprint()["interventions"],
         }
     )
-    dims = find_sink_dims(lmm, pictures[0], question, tau) if {"visual", "sinks"} & set(parts) else ()
+    dims: tuple[int, ...] = ()
+    if {"visual", "sinks"} & set(parts):
+        with _or_skipped(analysis, "sink_dims", asked=False):
+            dims = find_sink_dims(lmm, pictures[0], question, tau)
     analysis.header["sink_dims"] = list(dims)
     recorder = Recorder(
         "last_rows",
@@ -123,22 +130,41 @@ def analyze_lmm(
         add_retrieval(analysis, samples, box, expected)
     if "rollout" in parts:
         add_rollout(analysis, samples[0])
-    if "massive" in parts:
-        add_massive(analysis, lmm, pictures, question)
-    if "lens" in parts:
-        add_lens(analysis, lmm, pictures[0], question)
-    if "importance" in parts:
-        add_importance(analysis, lmm, pictures, question, rows)
-    if "knockout" in parts:
-        curves = knockout_curves(lmm, pictures, question, edges, window)
-        note = "(edges, L): change of the answer's first token's probability, percent, layers cut around each"
-        title = "Attention knockout: change of the answer's probability"
-        analysis.curves("knockout.change", curves, title, note, list(edges), "%")
+    more = {
+        "massive": lambda: add_massive(analysis, lmm, pictures, question),
+        "lens": lambda: add_lens(analysis, lmm, pictures[0], question),
+        "importance": lambda: add_importance(analysis, lmm, pictures, question, rows),
+        "knockout": lambda: _add_knockout(analysis, lmm, pictures, question, edges, window),
+    }
+    for part, add in more.items():
+        if part in parts:
+            with _or_skipped(analysis, part, asked=what != "all"):
+                add()
     if "tower" in parts:
         add_tower(analysis, lmm, pictures)
     if "maps" in parts:
         add_maps(analysis, samples[0])
     return analysis
+
+
+@contextlib.contextmanager
+def _or_skipped(analysis: Analysis, part: str, *, asked: bool) -> Iterator[None]:
+    """Note in the header that a method in force contradicts a part, unless the part was asked for by name."""
+    try:
+        yield
+    except PlanConflict as conflict:
+        if asked:
+            raise
+        analysis.header.setdefault("skipped", {})[part] = str(conflict)
+
+
+def _add_knockout(
+    analysis: Analysis, lmm: LMM, images: Sequence[ImageSource], question: str, edges: Sequence[str], window: int
+) -> None:
+    curves = knockout_curves(lmm, images, question, edges, window)
+    note = "(edges, L): change of the answer's first token's probability, percent, layers cut around each"
+    title = "Attention knockout: change of the answer's probability"
+    analysis.curves("knockout.change", curves, title, note, list(edges), "%")
 
 
 def _record(lmm: LMM, image: ImageSource, question: str, recorder: Recorder, max_new_tokens: int) -> Sample:

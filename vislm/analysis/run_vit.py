@@ -20,7 +20,7 @@ from vislm.analysis.vision_record import VisionRecording, record_vision
 from vislm.analysis.what import chosen_parts
 from vislm.errors import UsageError
 
-PARTS = ("distance", "patterns", "sinks", "massive", "rollout", "importance", "maps")
+PARTS = ("distance", "patterns", "sinks", "dormant", "massive", "rollout", "importance", "maps")
 """What can be asked of a ViT."""
 IMPORTANCE_TITLES = {
     "probability_drop": "importance: loss of probability",
@@ -67,12 +67,19 @@ def analyze_vit(
     with readable(model) as sites:
         with torch.no_grad():
             recordings = [
-                record_vision(model, sites, image[None], Recorder("last_rows", keep_calls=number == 0))
+                record_vision(
+                    model,
+                    sites,
+                    image[None],
+                    Recorder("last_rows", keep_calls=number == 0, columns="dormant" in parts),
+                )
                 for number, image in enumerate(images)
             ]
         _describe(analysis, sites, recordings[0], images)
         if {"distance", "patterns", "sinks"} & set(parts):
             _profiles(analysis, recordings, parts, patch_size, clusters)
+        if "dormant" in parts:
+            _dormant(analysis, recordings)
         if "massive" in parts:
             _massive(analysis, recordings)
         if "rollout" in parts:
@@ -144,6 +151,17 @@ def _profiles(
         measure("patterns.cluster", found.cluster.float(), "cluster of the pattern", "(L, H) number of the cluster")
         add("patterns.code", found.code.float(), "(heads, components) principal components, layer by layer")
         analysis.header["patterns"] = {"clusters": found.names, "kinds": found.kinds}
+
+
+def _dormant(analysis: Analysis, recordings: Sequence[VisionRecording]) -> None:
+    found = [[layer.entropy for layer in recording.layers if layer.entropy is not None] for recording in recordings]
+    for name, title, take in (
+        ("row_entropy", "entropy of rows (1 = uniform)", lambda entropy: entropy.row_mean[0]),
+        ("column_entropy", "largest entropy of a column", lambda entropy: entropy.column_max[0]),
+    ):
+        mean = torch.stack([padded_stack([take(entropy).cpu() for entropy in layers]) for layers in found]).mean(0)
+        note = "(L, H): low = sharp rows" if name == "row_entropy" else "(L, H): high = one key is seen by all"
+        analysis.measure(f"dormant.{name}", mean, title, note)
 
 
 def _massive(analysis: Analysis, recordings: Sequence[VisionRecording]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vislm.analysis.distance import HeadProfile, head_profile
+from vislm.analysis.entropy import HeadEntropy, head_entropy
 from vislm.analysis.massive import Activations, watch_blocks
 from vislm.analysis.recorder import Recorder, check_maps, map_bytes
 from vislm.analysis.rows import row_pieces
@@ -28,6 +29,8 @@ class VisionLayer:
     map: Tensor | None = None
     """(B, H, P + N, P + N)."""
     rows: VisionRows | None = None
+    entropy: HeadEntropy | None = None
+    """Of rows and columns; with the recorder's ``columns``."""
 
 
 @dataclass
@@ -69,7 +72,8 @@ def record_vision(model: nn.Module, sites: Sequence[Site], images: Tensor, recor
             few = rows.rows(torch.arange(rows.prefix)).cpu()
         profile = head_profile(rows, rows.grid, rows.prefix)
         kept = rows if recorder.keep_calls else None
-        records[number] = VisionLayer(rows.grid, rows.prefix, profile, few, full, kept)
+        entropy = head_entropy(rows, causal=False) if recorder.columns else None
+        records[number] = VisionLayer(rows.grid, rows.prefix, profile, few, full, kept, entropy)
 
     run: Any = getattr(model, "encode_image", model)
     with torch.no_grad(), watching(sites, see), watch_blocks([site.block for site in sites]) as activations:

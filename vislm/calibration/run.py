@@ -48,7 +48,8 @@ def calibrate_heads(
     settings.chosen_layers(len(lmm.adapter.layers))
     notes = {"samples": len(samples), "settings": settings.fingerprint(), "vislm": version("vislm")}
     if settings.what == "sinks":
-        means = mean_activations(lmm, samples)
+        with open_journal(journal_path(out), fingerprint(lmm, samples, settings)) as journal:
+            means = mean_activations(lmm, samples, journal)
         dims = find_dims(means, settings.tau)
         shown = {str(dim): round(means[dim].item(), 3) for dim in means.topk(min(10, len(means))).indices.tolist()}
         write_artefact(out, "sink_dims", "var", lmm.model, dims, largest_means=shown, **notes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vislm.calibration.journal import Journal
 from vislm.calibration.samples import Sample
 from vislm.errors import UsageError
 from vislm.heads.var import FIRST_LAYER
@@ -27,7 +28,10 @@ class FirstToken:
     def plan(self, adapter: Adapter) -> Sequence[EditStage]:
         """Return a stage that edits nothing."""
         layers = frozenset(range(FIRST_LAYER, len(adapter.layers)))
-        return [EditStage(layers, self._edit_nothing, prepare=self._look, needs_hidden=True, every_sample=True)]
+        look = EditStage(
+            layers, self._edit_nothing, prepare=self._look, needs_hidden=True, every_sample=True, observes=True
+        )
+        return [look]
 
     def _edit_nothing(self, view: EditView) -> None:
         return None
@@ -38,19 +42,32 @@ class FirstToken:
         self.seen.extend((x.abs() * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).cpu())
 
 
-def mean_activations(lmm: LMM, samples: Sequence[Sample]) -> Tensor:
+def mean_activations(lmm: LMM, samples: Sequence[Sample], journal: Journal | None = None) -> Tensor:
     """Return the mean (D,) of the first token's |n_j| over samples and layers.
+
+    Args:
+        lmm: the model.
+        samples: their answers and objects do not matter.
+        journal: gets every sample's mean, and is asked for those that a killed search has left.
 
     Raises:
         UsageError: a model with too few layers to have sinks.
     """
     if len(lmm.adapter.layers) <= FIRST_LAYER:
         raise UsageError(f"sinks form behind layer {FIRST_LAYER - 1}; the model has {len(lmm.adapter.layers)} layers")
-    watcher = FirstToken()
-    with lmm.using(watcher):
-        for sample in samples:
+    means = []
+    for number, sample in enumerate(samples):
+        name = f"sample {number}"
+        if journal is not None and name in journal.found:
+            means.append(torch.tensor(journal.found[name]))
+            continue
+        watcher = FirstToken()
+        with lmm.using(watcher):
             lmm.ask(sample.image, sample.question, max_new_tokens=1)
-    return torch.stack(watcher.seen).mean(0)
+        means.append(torch.stack(watcher.seen).mean(0))
+        if journal is not None:
+            journal.add({name: means[-1].tolist()})
+    return torch.stack(means).mean(0)
 
 
 def find_dims(means: Tensor, tau: float) -> list[int]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vislm.analysis.results import Analysis
 
 _WHAT = "all, or some of: visual, sinks, dormant, massive, divergence, retrieval, rollout, lens, importance, knockout, "
-_WHAT += "tower, maps (LMM); distance, patterns, sinks, massive, rollout, importance, maps (ViT)."
+_WHAT += "tower, maps (LMM); distance, patterns, sinks, dormant, massive, rollout, importance, maps (ViT)."
 
 
 def analyze(

@@ -182,6 +182,49 @@ def pruning(
         typer.echo(line)
 
 
+@app.command()
+def heads(
+    tokens: Annotated[int, typer.Option("--tokens", help="Visual tokens: 729 (one crop), or more (tiles).")] = 729,
+    methods: Annotated[
+        str | None, typer.Option("--methods", metavar="NAME,...", help="Head methods; default: all.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds at most; medians count.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps of every answer.")] = 24,
+    budget: Annotated[
+        float, typer.Option("--budget", min=0, help="Seconds for each dtype; then no further round starts.")
+    ] = 300.0,
+    dtypes: Annotated[
+        str, typer.Option("--dtypes", metavar="NAME,...", help="Some of float32, bfloat16, float16.")
+    ] = "bfloat16,float32",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Default: as many as PyTorch takes.")] = None,
+    tower_layers: Annotated[int | None, typer.Option("--tower-layers", min=1, help="Fewer than the true 26.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=4, help="Decoder layers, fewer than the 24.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File that takes all figures.")] = None,
+) -> None:
+    """Edit heads of a model of LLaVA-OneVision-0.5B's true shape: prefill, decode step and peak against untouched."""
+    from dataclasses import replace
+
+    from vislm.bench.heads.run import Bench, head_lines
+
+    wanted = Bench(
+        tokens=tokens,
+        rounds=rounds,
+        steps=steps,
+        budget=budget,
+        dtypes=tuple(dtypes.split(",")),
+        device=device,
+        tower_layers=tower_layers,
+        layers=layers,
+    )
+    if methods is not None:
+        wanted = replace(wanted, methods=tuple(methods.split(",")))
+    if threads is not None:
+        wanted = replace(wanted, threads=threads)
+    for line in head_lines(wanted, json):
+        typer.echo(line)
+
+
 @app.command(name="gpu-audit")
 def gpu_audit(
     targets: Annotated[

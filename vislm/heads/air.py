@@ -18,6 +18,7 @@ from vislm.lmm.adapters import Adapter
 from vislm.lmm.artefacts import Heads, head_list
 from vislm.lmm.attention_sums import MatrixSums, logit_squares
 from vislm.lmm.edits import pieces, row_logits
+from vislm.lmm.grouped_heads import head_mask
 from vislm.lmm.interventions import EditStage, EditView, PrepareView
 from vislm.lmm.key_groups import KeyGroups
 from vislm.lmm.layer_ranges import chosen_layers
@@ -27,11 +28,11 @@ from vislm.lmm.logit_scaling import scale_groups, silence_text
 def lift_image(logits: Tensor, image: Tensor, strength: float) -> Tensor:
     """Return logits (B, H, R, K) plus ``strength`` times the mean over heads of |S| on image keys (B, K) bool."""
     mean = logits.abs().mean(1, keepdim=True)
-    return logits + torch.where(image[:, None, None], strength * mean, 0.0)
+    return torch.addcmul(logits, image[:, None, None].to(logits.dtype), mean, value=strength)
 
 
 def rescale_gain(squares: Tensor) -> Tensor:
-    """Return (B, H) factors that bring heads' logit matrices towards one norm, from ||S_h||_F^2 (B, H)."""
+    """Return factors (B, H, ...) that bring heads' logit matrices towards one norm, from ||S_h||_F^2 (B, H, ...)."""
     return (squares.mean(1, keepdim=True) / (squares + 1e-8)).sqrt().clamp(0.8, 1.25)
 
 
@@ -152,13 +153,15 @@ class _Edits:
 
     def edit(self, view: EditView) -> Tensor:
         options, rows = self.options, view.rows if view.phase == "prefill" else None
-        weights = self._attend(view.layer, view.logits, view.allowed, view.keys, rows, view.memory)
+        allowed = None if view.sees_all else view.allowed
+        weights = self._attend(view.layer, view.logits, allowed, view.keys, rows, view.memory)
         if view.layer not in self.middle:
             return weights
         if rows is None:
-            count = view.allowed.sum(-1, keepdim=True)
-            mean = weights.sum(-1, keepdim=True) / count
-            return (1.0 - options.beta) * weights + options.beta * torch.where(view.allowed, mean, 0.0)
+            if allowed is None:
+                return weights.lerp(weights.mean(-1, keepdim=True), options.beta)
+            mean = weights.sum(-1, keepdim=True) / view.allowed.sum(-1, keepdim=True)
+            return weights.lerp(torch.where(view.allowed, mean, 0.0), options.beta)
         if not options.project_prefill:
             return weights
         columns = torch.arange(weights.shape[-1], device=weights.device)
@@ -168,26 +171,26 @@ class _Edits:
         return (1.0 - options.beta) * weights + options.beta * torch.where(prompt, mean, 0.0)
 
     def _attend(
-        self, layer: int, logits: Tensor, allowed: Tensor, keys: KeyGroups, rows: Tensor | None, memory: dict
+        self, layer: int, logits: Tensor, allowed: Tensor | None, keys: KeyGroups, rows: Tensor | None, memory: dict
     ) -> Tensor:
-        """Return weights (B, H, R, K) before the projection. ``rows`` (R,) of the prefill; None: a decode step."""
+        """Return weights (B, H, R, K) before the projection.
+
+        ``rows`` (R,) of the prefill, None: a decode step; ``allowed`` None: every key.
+        """
         options = self.options
         last = None if rows is None else (rows == keys.prompt - 1)[:, None]
         if options.rescale_logits and layer in self.middle:
-            seen = torch.where(allowed, logits, 0.0).square().sum((-2, -1))
-            gain = rescale_gain(seen) if rows is None else memory["gain"][layer]
-            logits = logits * gain[..., None, None]
+            seen = (logits if allowed is None else torch.where(allowed, logits, 0.0)).square().sum(-1, keepdim=True)
+            logits = logits * (rescale_gain(seen) if rows is None else memory["gain"][layer][..., None, None])
         if layer in self.scaled:
             behind = None if rows is None else keys.after[:, None, rows, None]
             logits = _where(behind, scale_groups(logits, keys, options.enhance, options.suppress), logits)
         if layer in self.middle and options.lift:
             logits = _where(last, lift_image(logits, keys.image, options.lift), logits)
-        weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+        weights = (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).softmax(-1)
         if layer in self.heads:
-            listed = torch.zeros(weights.shape[1], dtype=torch.bool, device=weights.device)
-            listed[list(self.heads[layer])] = True
-            rows_listed = listed[:, None, None] if last is None else listed[:, None, None] & last
-            weights = torch.where(rows_listed, silence_text(weights, keys, options.threshold), weights)
+            listed = head_mask(self.heads[layer], weights.shape[1], weights.device)
+            weights = silence_text(weights, keys, options.threshold, listed if last is None else listed & last)
         return weights
 
 

@@ -132,8 +132,8 @@ class ILVAD:
         layers = chosen_layers(self.layers, depth, 0, 31)
         if not layers or (self.alpha == 0.0 and self.beta == 1.0):
             return []
-        watch = EditStage(frozenset(range(depth)), self.watch, draft=self.draft_tokens)
-        return [watch, EditStage(layers, self.edit, prepare=self.prepare)]
+        watch = EditStage(frozenset(range(depth)), self.watch, draft=self.draft_tokens, observes=True)
+        return [watch, EditStage(layers, self.edit, prepare=self.prepare, by_row=("scores",))]
 
     def watch(self, view: EditView) -> None:
         """Keep the last row's attention on the image, mean over the half of the heads with most of it."""

@@ -99,7 +99,7 @@ class OPERA:
             return []
         last = frozenset({len(adapter.layers) - 1})
         return [
-            EditStage(last, self._see, every_sample=True),
+            EditStage(last, self._see, every_sample=True, observes=True),
             SearchStage(self._judge, self._read, self._go_back, self.num_beams),
         ]
 

@@ -27,7 +27,7 @@ def boost(logits: Tensor, image: Tensor, alpha: float) -> Tensor:
         image: (B, K) bool.
         alpha: strength.
     """
-    return logits + torch.where(image[:, None, None], alpha * logits.abs(), 0.0)
+    return torch.addcmul(logits, image[:, None, None].to(logits.dtype), logits.abs(), value=alpha)
 
 
 def guide(logits: Tensor, text_only_logits: Tensor, gamma: float, cutoff: float = 0.1) -> Tensor:

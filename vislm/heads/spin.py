@@ -21,7 +21,7 @@ from vislm.lmm.interventions import EditStage, EditView
 
 def image_score(values: Tensor, image: Tensor) -> Tensor:
     """Return (B, H, R): the sum of logits or weights (B, H, R, K) over the image keys (B, K) bool."""
-    return torch.where(image[:, None, None], values, 0.0).sum(-1)
+    return (values @ image[:, None, :, None].to(values.dtype)).squeeze(-1)
 
 
 def head_factors(score: Tensor, keep_ratio: float, suppressed_scale: float) -> Tensor:

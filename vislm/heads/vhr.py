@@ -87,7 +87,8 @@ class VHR:
             selected = select_heads(vhd, outlier) & view.has_image[:, None]
             view.memory.setdefault("vhd", {})[view.layer] = vhd
             view.memory.setdefault("selected", {})[view.layer] = selected
-        return torch.where(view.memory["selected"][view.layer], self.alpha, 1.0)
+            view.memory.setdefault("factors", {})[view.layer] = torch.where(selected, self.alpha, 1.0)
+        return view.memory["factors"][view.layer]
 
 
 def default_layers(depth: int) -> frozenset[int]:

@@ -58,8 +58,10 @@ class ZeroTuning:
             return []
 
         def edit(view: EditView) -> Tensor:
-            gamma = torch.tensor(list(factors[view.layer].values()), device=view.logits.device)
-            return view.softmax(bias_first(view.logits, view.keys.first, gamma))
+            known = view.memory.setdefault("gamma", {})
+            if view.layer not in known:
+                known[view.layer] = torch.tensor(list(factors[view.layer].values()), device=view.logits.device)
+            return view.softmax(bias_first(view.logits, view.keys.first, known[view.layer]))
 
         return [EditStage(frozenset(factors), edit, "all", heads=lambda layer: list(factors[layer]), every_sample=True)]
 

@@ -1,13 +1,14 @@
 """The one attention function that vislm registers with transformers.
 
 It computes what ``sdpa`` computes, with the same call. If a session watches the module, it then hands the session the
-tensors of that call and lets it replace the heads' output. Modules that nobody watches pay one dictionary look-up.
+tensors of that call and lets it replace the heads' output; a session may also say beforehand that it computes the
+output itself. Modules that nobody watches pay two dictionary look-ups.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vislm import kernels
+from vislm.lmm.grouped_heads import mixtures, products
 
 NAME = "vislm"
 
@@ -49,14 +51,15 @@ class AttentionCall:
             self.query, self.key, self.value, request=request, pattern=self.pattern(), bias=bias, scale=self.scale
         )
 
-    def logits(self, rows: Tensor, heads: list[int] | None = None) -> Tensor:
+    @property
+    def sees_all(self) -> bool:
+        """Whether every row may attend to every key, as far as that is known without looking at a mask."""
+        return self.mask is None and (not self.is_causal or self.query.shape[2] == self.key.shape[2] == 1)
+
+    def logits(self, rows: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """Return q . k scale (B, H', R, Nk) of the rows (R,) in float32, before masking; ``heads`` None: all."""
-        query = self.query[:, :, rows].float() * self.scale
-        share = query.shape[1] // self.key.shape[1]
-        key = self.key.float()
-        if heads is not None:
-            return query[:, heads] @ key[:, [h // share for h in heads]].transpose(2, 3)
-        return (query.unflatten(1, (-1, share)) @ key.unsqueeze(2).transpose(3, 4)).flatten(1, 2)
+        query = self.query if self.query.shape[2] == 1 else self.query[:, :, rows]
+        return products(query.float() * self.scale, self.key, heads)
 
     def allowed(self, rows: Tensor) -> Tensor:
         """Return (B or 1, 1, R, Nk) bool: the keys that each row may attend to."""
@@ -68,14 +71,9 @@ class AttentionCall:
         last = rows + (keys - self.query.shape[2]) if self.is_causal else torch.full_like(rows, keys)
         return (columns <= last[:, None])[None, None]
 
-    def mix(self, weights: Tensor, heads: list[int] | None = None) -> Tensor:
+    def mix(self, weights: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """Return weights (B, H', R, Nk) times the values, (B, R, H', d), in float32."""
-        share = self.query.shape[1] // self.value.shape[1]
-        value = self.value.float()
-        if heads is not None:
-            return (weights.float() @ value[:, [h // share for h in heads]]).transpose(1, 2)
-        mixed = weights.float().unflatten(1, (-1, share)) @ value.unsqueeze(2)
-        return mixed.flatten(1, 2).transpose(1, 2)
+        return mixtures(weights.float(), self.value, self.query.shape[1], heads).transpose(1, 2)
 
     def rows(self, queries: Tensor) -> Tensor:
         """Return the softmaxed attention rows (B, H, R, Nk) of the chosen queries (R,), in float32."""
@@ -87,10 +85,14 @@ class AttentionCall:
 Site = Callable[[AttentionCall, Tensor], Tensor]
 """Gets the call and the heads' output (B, Nq, H, d); returns the output to use."""
 
+Around = Callable[[AttentionCall, Callable[[], Tensor]], Tensor]
+"""Gets the call, and what computes the heads' output (B, Nq, H, d); returns the output, with or without computing."""
+
 LogitBias = Callable[[int, int], Tensor | None]
 """Gets the numbers of queries and keys; returns what is added to the logits (B, 1 or H, Nq, Nk), or None."""
 
 _SITES: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
+_AROUND: weakref.WeakKeyDictionary[nn.Module, Around] = weakref.WeakKeyDictionary()
 _BIASES: weakref.WeakKeyDictionary[nn.Module, LogitBias] = weakref.WeakKeyDictionary()
 
 
@@ -99,14 +101,20 @@ def watch(module: nn.Module, site: Site) -> None:
     _SITES[module] = site
 
 
+def surround(module: nn.Module, around: Around) -> None:
+    """Let ``around`` compute every attention of ``module`` until ``unwatch``; ``watch`` sees its output."""
+    _AROUND[module] = around
+
+
 def bias(module: nn.Module, source: LogitBias) -> None:
     """Add what ``source`` returns to the logits of every attention of ``module`` until ``unwatch``."""
     _BIASES[module] = source
 
 
 def unwatch(module: nn.Module) -> None:
-    """Stop watching ``module``, and stop adding to its logits."""
+    """Stop watching ``module``, computing its attention, and adding to its logits."""
     _SITES.pop(module, None)
+    _AROUND.pop(module, None)
     _BIASES.pop(module, None)
 
 
@@ -145,21 +153,26 @@ def vislm_attention(
     addend = None if source is None else source(queries, key.shape[2])
     if addend is not None:
         attention_mask, causal = add_to_mask(attention_mask, addend, causal, query.dtype), False
-    out, _ = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        **kwargs,  # pyright: ignore[reportArgumentType]
-    )
-    site = _SITES.get(module)
-    if site is None:
-        return out, None
+
+    def fused() -> Tensor:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,  # pyright: ignore[reportArgumentType]
+        )[0]
+
+    site, around = _SITES.get(module), _AROUND.get(module)
+    if site is None and around is None:
+        return fused(), None
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return site(AttentionCall(query, key, value, attention_mask, causal, scale), out), None
+    call = AttentionCall(query, key, value, attention_mask, causal, scale)
+    out = fused() if around is None else around(call, fused)
+    return (out if site is None else site(call, out)), None
 
 
 # Without its own mask function transformers would build no mask for this name, and padded batches would silently

@@ -55,6 +55,10 @@ class SearchPart:
     def __init__(self, shared: SessionState, owner: int, stage: SearchStage) -> None:
         self.shared, self.owner, self.stage = shared, owner, stage
 
+    @property
+    def _name(self) -> str:
+        return self.shared.names[self.owner]
+
     def install(self, hooks: Hooks) -> None:
         """Wrap the model's ``generate``."""
         hooks.wrap(self.shared.adapter.model, "generate", self._generate)
@@ -63,7 +67,7 @@ class SearchPart:
         call = named_arguments(self.shared.adapter.model, args, kwargs, "generate")
         if call.get("custom_generate") is not None or call.get("assistant_model") is not None:
             raise UsageError(
-                "a method in force is a decoding strategy of its own; leave out custom_generate and assistant_model"
+                f"{self._name} is a decoding strategy of its own; leave out custom_generate and assistant_model"
             )
         if call.get("generation_config") is None:
             call.setdefault("num_beams", self.stage.num_beams)
@@ -79,7 +83,7 @@ class SearchPart:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        check_options(generation_config, input_ids, model_kwargs)
+        check_options(generation_config, input_ids, model_kwargs, self._name)
         search = BeamSearch(
             Reader(model, input_ids, model_kwargs), self.stage, generation_config, logits_processor, stopping_criteria
         )
@@ -90,13 +94,16 @@ class SearchPart:
         return _output(input_ids, best, raw, generation_config, search.reader.cache)
 
 
-def check_options(config: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
-    """Raise ``UsageError`` for what this search cannot do."""
-    refuse_static_cache(kwargs.get("past_key_values"))
+def check_options(config: Any, input_ids: Tensor, kwargs: dict[str, Any], name: str) -> None:
+    """Raise ``UsageError`` for what the search of the method ``name`` cannot do."""
+    refuse_static_cache(kwargs.get("past_key_values"), name)
     if config.do_sample:
-        raise UsageError("do_sample=True: a method in force is a beam search, which does not sample")
+        raise UsageError(f"do_sample=True: {name} does not sample; use do_sample=False")
     if input_ids.shape[0] != max(config.num_beams, config.num_return_sequences):
-        raise UsageError("a method in force searches one sample at a time: call generate with a batch of 1, or lmm.ask")
+        raise UsageError(
+            f"{name} searches one sample at a time: call generate with a batch of 1, or lmm.ask, which goes through a "
+            "list of questions by itself"
+        )
     if config.num_return_sequences > config.num_beams:
         raise UsageError(f"num_return_sequences={config.num_return_sequences} with num_beams={config.num_beams}")
     for name in ("output_scores", "output_attentions", "output_hidden_states", "prefill_chunk_size"):

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vislm.errors import UsageError
+from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import EditStage
 from vislm.lmm.state import SessionState
 
 _ANSWER_ONLY = (
     "assistant_model",
+    "early_stopping",
+    "length_penalty",
     "max_length",
     "min_length",
     "min_new_tokens",
@@ -48,21 +50,26 @@ class Drafts:
             hooks.wrap(self.shared.adapter.model, "generate", self._generate)
 
     def turn_of(self, owner: int, stage: EditStage) -> bool:
-        """Return whether it is this stage's turn: in the draft, those that look at it; in the answer, all others."""
-        return owner not in self.tokens or self.writing == bool(stage.draft)
+        """Return whether it is this stage's turn: in the draft, those that look at it; in the answer, all others.
+
+        Stages of other methods act in both, but those that only look wait for the answer.
+        """
+        if owner in self.tokens:
+            return self.writing == bool(stage.draft)
+        return not (self.writing and stage.observes)
 
     def hand_over(self, owner: int, memory: dict[str, Any]) -> None:
         """Put what a method's draft left behind into its memory of the answer.
 
         Raises:
-            UsageError: the model was called directly, so that there is no draft.
+            PlanConflict: the model was called directly, so that there is no draft.
         """
         if self.writing or owner not in self.tokens or "draft_tokens" in memory:
             return
         if owner not in self._left:
-            raise UsageError(
-                "a method in force reads a draft of the answer first: call model.generate or lmm.ask, not the model "
-                "itself"
+            raise PlanConflict(
+                f"{self.shared.names[owner]} reads a draft of the answer first: call model.generate or lmm.ask, not "
+                "the model itself"
             )
         memory.update(self._left[owner])
 
@@ -83,18 +90,15 @@ class Drafts:
             self._left = {}
 
     def _check(self, call: dict[str, Any]) -> None:
-        if (self._option(call, "num_beams") or 1) > 1:
-            raise UsageError(
-                f"num_beams={self._option(call, 'num_beams')}: a method in force keeps a score of every generated "
-                "token, which a beam search would shuffle; use num_beams=1"
-            )
         if call.get("past_key_values") is not None:
-            raise UsageError("a method in force writes a draft first, which would fill past_key_values; leave it out")
+            names = " and ".join(self.shared.names[owner] for owner in self.tokens)
+            raise UsageError(f"{names}: a draft is written first, which would fill past_key_values; leave it out")
 
     def _plain(self, call: dict[str, Any]) -> dict[str, Any]:
         kept = {name: value for name, value in call.items() if name not in _ANSWER_ONLY}
         count = max(self.tokens.values())
-        return {**kept, "max_new_tokens": count, "do_sample": False, "return_dict_in_generate": False}
+        greedy = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
+        return {**kept, "max_new_tokens": count, **greedy}
 
     def _keep(self, sequences: Tensor, call: dict[str, Any]) -> None:
         prompt = call["input_ids"] if call.get("input_ids") is not None else call["inputs"]

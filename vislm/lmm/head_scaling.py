@@ -22,6 +22,8 @@ class HeadPart:
         self.text: TextStream | None = None
         self._image_output: Tensor | None = None
         self._factors: Tensor | None = None
+        self._shaped: dict[int, tuple[Tensor, Tensor]] = {}
+        """Layer -> its last factors, and the same as (B, 1, H, 1) in the output's dtype: they mostly stay the same."""
 
     @property
     def in_text_stream(self) -> bool:
@@ -61,7 +63,10 @@ class HeadPart:
             return out
         if self.shared.phase == "prefill":
             self.shared.run.head_factors[number] = factors
-        return out * factors[:, None, :, None].to(out.dtype)
+        known = self._shaped.get(number)
+        if known is None or known[0] is not factors or known[1].dtype != out.dtype:
+            known = self._shaped[number] = (factors, factors[:, None, :, None].to(out.dtype))
+        return out * known[1]
 
     def _in_text_stream(self, number: int, out: Tensor) -> Tensor:
         assert self._image_output is not None
@@ -72,8 +77,9 @@ class HeadPart:
 
     def _decide(self, number: int, image_output: Tensor, text_output: Tensor | None, phase: str) -> Tensor | None:
         prompt = self.shared.prompt
-        has_image = torch.ones(image_output.shape[0], dtype=torch.bool, device=image_output.device)
-        if prompt is not None:
+        if prompt is None:
+            has_image = torch.ones(image_output.shape[0], dtype=torch.bool, device=image_output.device)
+        else:
             has_image = prompt.has_image
         factors: Tensor | None = None
         for owner, stage in self.stages:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from vislm.lmm.attention import LogitBias, Site, bias, unwatch, watch
+from vislm.lmm.attention import Around, LogitBias, Site, bias, surround, unwatch, watch
 
 
 class Hooks:
@@ -47,6 +47,11 @@ class Hooks:
     def watch(self, module: nn.Module, site: Site) -> None:
         """Hand every attention call of ``module`` to ``site``."""
         watch(module, lambda call, out: out if self.paused else site(call, out))
+        self._watched.append(module)
+
+    def surround(self, module: nn.Module, around: Around) -> None:
+        """Let ``around`` compute every attention of ``module``, which may call what would have computed it."""
+        surround(module, lambda call, fused: fused() if self.paused else around(call, fused))
         self._watched.append(module)
 
     def bias(self, module: nn.Module, source: LogitBias) -> None:
@@ -95,6 +100,12 @@ class Hooks:
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any], method: str = "forward") -> dict[str, Any]:
     """Return the arguments of a call of a module's method as one dictionary of names."""
-    function = getattr(type(module), method)
-    names = [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    if not args:
+        return dict(kwargs)
+    return {**dict(zip(_names(getattr(type(module), method)), args, strict=False)), **kwargs}
+
+
+@functools.lru_cache(maxsize=256)
+def _names(function: Callable[..., Any]) -> list[str]:
+    """Return the names of a method's positional arguments. Reading a signature takes longer than a small attention."""
+    return [n for n, p in inspect.signature(function).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]

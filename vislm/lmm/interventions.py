@@ -309,10 +309,18 @@ class EditView:
     has_image: Tensor
     """(B,) bool."""
     memory: dict[str, Any]
+    edited: Tensor | None = None
+    """(B, H, R, K) what other stages have made of the rows, for a stage that observes; None: they are as they were."""
+    sees_all: bool = False
+    """Known beforehand: nothing is hidden, ``allowed`` is True everywhere."""
 
     def softmax(self, logits: Tensor | None = None) -> Tensor:
         """Return the weights (B, H', R, K) of the logits (this view's own by default) over the allowed keys."""
+        if logits is None and self.edited is not None:
+            return self.edited
         chosen = self.logits if logits is None else logits
+        if self.sees_all:
+            return chosen.softmax(-1)
         return chosen.masked_fill(~self.allowed, -torch.inf).softmax(-1)
 
 
@@ -336,6 +344,12 @@ class EditStage:
     """More than 0: ``generate`` first writes so many tokens of a greedy draft, and this stage acts there only. The
     method's other edits wait for the real answer; they find what its draft left in ``memory``, and as
     ``memory["draft_tokens"]`` (B,) how many tokens each sample's draft has."""
+    observes: bool = False
+    """Looks only: ``edit`` returns None, and ``EditView.softmax()`` gives the weights that editing stages have left in
+    the row. For ``rows`` "last" in all heads."""
+    by_row: tuple[str, ...] = ()
+    """Names in ``memory`` of {layer: (B, ...)} that tell of the tokens generated so far: they follow the beams. With a
+    search that goes back the plan is refused."""
 
 
 @dataclass(frozen=True)
@@ -436,8 +450,9 @@ class HeadStage:
     layers: frozenset[int]
     scale: Callable[[HeadView], Tensor | None]
     """Returns (B, H) factors, or None to leave the layer alone."""
-    text_only: Literal["no", "both", "image_only"] = "no"
-    """Run the prompt without image tokens beside the real one; "both" scales that stream's heads as well."""
+    text_only: Literal["no", "both", "image_only", "any"] = "no"
+    """Run the prompt without image tokens beside the real one; "both" scales that stream's heads as well, "any" takes
+    the stream that another stage wants."""
 
 
 Stage = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +39,16 @@ class BiasPart:
     fewer: behind a language stage those of the columns left, with the positions that they were cached with.
     """
 
-    def __init__(self, shared: SessionState, stages: list[tuple[int, BiasStage]], decoder: DecoderPart | None) -> None:
+    def __init__(
+        self,
+        shared: SessionState,
+        stages: list[tuple[int, BiasStage]],
+        decoder: DecoderPart | None,
+        beside: Callable[[], bool],
+    ) -> None:
         self.shared, self.stages, self.decoder = shared, [stage for _, stage in stages], decoder
+        self.beside = beside
+        """Says whether the attention being computed is that of the text-only stream, whose keys are others."""
         self._groups: list[Keys] = []
 
     def install(self, hooks: Hooks) -> None:
@@ -71,7 +80,7 @@ class BiasPart:
 
     def _bias(self, number: int, wanted: list[int], queries: int, keys: int) -> Tensor | None:
         group = self._group(number)
-        if self.shared.phase is None or group is None:
+        if self.shared.phase is None or group is None or self.beside():
             return None
         reduced = self._reduced(group)
         if not bool(reduced.any()):

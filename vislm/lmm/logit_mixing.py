@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,6 +16,7 @@ from vislm.lmm.contrast import ContrastStream, changed_prompt, copies_of_samples
 from vislm.lmm.cost import DecoderShape
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import LogitsStage, LogitsView
+from vislm.lmm.row_order import follow_rows, leave_rows
 from vislm.lmm.run import clock
 from vislm.lmm.state import SessionState, valid_columns
 
@@ -58,9 +58,7 @@ class LogitsPart:
 
     def stop(self) -> None:
         """Forget the last prompt, and let go of the caller's cache."""
-        cache = None if self._cache is None else self._cache()
-        if cache is not None:
-            cache.__dict__.pop("reorder_cache", None)
+        leave_rows(None if self._cache is None else self._cache())
         self.stream, self._cache = None, None
         self._call, self._early = {}, {}
 
@@ -72,7 +70,8 @@ class LogitsPart:
     def finish(self, phase: Literal["prefill", "decode"], output: Any) -> None:
         """Replace the logits (B, n, V) in the model's output, in float32."""
         if not hasattr(output, "logits"):
-            raise UsageError("a method in force changes the next-token logits; call the model with return_dict=True")
+            names = " and ".join(self.shared.names[owner] for owner, _ in self.stages)
+            raise UsageError(f"{names}: next-token logits are changed; call the model with return_dict=True")
         prompt = self.shared.prompt
         assert prompt is not None
         any_image = bool(prompt.has_image.any())
@@ -119,6 +118,11 @@ class LogitsPart:
         adapter = self.shared.adapter
         return adapter.model.get_output_embeddings()(adapter.language_model.norm(hidden)).float()
 
+    @property
+    def _contrast_name(self) -> str:
+        assert self.contrast is not None
+        return self.shared.names[self.contrast[0]]
+
     # -- the contrast stream -----------------------------------------------------------------------------------------
     def _contrast(self, phase: Literal["prefill", "decode"], rows: int, cache: Any) -> Tensor:
         """Return its logits (B, rows, V) for the forward that has just run."""
@@ -157,23 +161,16 @@ class LogitsPart:
 
     def _follow(self, cache: Any) -> None:
         """Reorder the stream's cache whenever the caller's is reordered (beam search)."""
-        own, stream = weakref.ref(cache), self.stream
-        assert stream is not None
-
-        def reorder_both(cache: Any, beam_idx: Tensor) -> None:
-            type(cache).reorder_cache(cache, beam_idx)
-            if cache is own():  # and no copy of it
-                stream.reorder(beam_idx)
-
-        cache.reorder_cache = types.MethodType(reorder_both, cache)
-        self._cache, self._prompt_keys = own, int(cache.get_seq_length())
+        assert self.stream is not None
+        follow_rows(cache, self.stream.reorder)
+        self._cache, self._prompt_keys = weakref.ref(cache), int(cache.get_seq_length())
 
     def _step(self, rows: int, cache: Any) -> Tensor:
         call = self._call
         if self.stream is None or self._cache is None or self._cache() is not cache:
             raise UsageError(
-                "the contrast stream of a method in force belongs to another cache; pass the whole conversation again "
-                "without past_key_values"
+                f"the contrast stream of {self._contrast_name} belongs to another cache; pass the whole conversation "
+                "again without past_key_values"
             )
         if call.get("mm_encoder_outputs") or any(call.get(name) is not None for name in PIXELS.values()):
             raise UsageError("new images behind a filled cache: a contrast stream needs all images in one prefill")

@@ -91,6 +91,7 @@ def compile_plan(interventions: Sequence[Intervention], adapter: Adapter) -> Pla
     for positions in wanted:
         plan.positions = positions
     _check_tower_signals(plan, adapter)
+    _check_search(plan)
     return plan
 
 
@@ -114,6 +115,17 @@ def _check_tower_signals(plan: Plan, adapter: Adapter) -> None:
         raise PlanConflict(
             f"{plan.interventions[watchers[0]].name} needs the whole vision tower's signals, but {thinning} prunes it"
         )
+
+
+def _check_search(plan: Plan) -> None:
+    """Raise ``PlanConflict`` when one method keeps a record of every token, and another takes tokens back."""
+    for searching, _ in plan.search:
+        for owner, stage in plan.edits:
+            if owner != searching and (stage.by_row or stage.observes or stage.draft):
+                raise PlanConflict(
+                    f"{plan.interventions[owner].name} keeps a record of every token, and "
+                    f"{plan.interventions[searching].name} looks ahead and takes tokens back; use one of them"
+                )
 
 
 def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
@@ -171,7 +183,7 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
         _check_layers(name, "edits attention", stage.layers, depth)
         for other, first in plan.edits:
             shared = sorted(n for n in stage.layers & first.layers if _heads_meet(stage, first, n))
-            if other != owner and shared:
+            if other != owner and shared and not stage.observes and not first.observes:
                 raise PlanConflict(
                     f"{plan.interventions[other].name} and {name} both edit the attention of decoder layers {shared}; "
                     "give them different layers"
@@ -189,9 +201,12 @@ def _place(plan: Plan, owner: int, stage: object, adapter: Adapter) -> None:
         plan.search.append((owner, stage))
     elif isinstance(stage, HeadStage):
         _check_layers(name, "scales heads", stage.layers, depth)
-        modes = {s.text_only for _, s in plan.heads if s.text_only != "no"} | {stage.text_only} - {"no"}
-        if len(modes) > 1:
-            raise PlanConflict(f"{name} and another method need different text-only streams: {sorted(modes)}")
+        for other, first in plan.heads:
+            if {stage.text_only, first.text_only} == {"both", "image_only"}:
+                raise PlanConflict(
+                    f"{plan.interventions[other].name} and {name} need different text-only streams, "
+                    f"{first.text_only!r} and {stage.text_only!r}; give them the same text_stream="
+                )
         plan.heads.append((owner, stage))
     else:
         raise UsageError(f"{name} returned {stage!r}, which is not a stage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from vislm.errors import UsageError
 from vislm.lmm.interventions import ImageView, Kept, Positions, ProbeStage, PromptStage, Selection
 from vislm.lmm.positions import gather_positions, next_positions, renumber, shifted
-from vislm.lmm.state import PromptMap, SessionState
+from vislm.lmm.state import PromptMap, SessionState, valid_columns
 from vislm.lmm.tokens import compact, gather_rows, index_in_images
 from vislm.lmm.tower_merge import with_tower_merges
 from vislm.lmm.tower_record import SESSION, TowerRecorder
@@ -43,9 +44,10 @@ class PromptPart:
 
     def prefill(self, kwargs: dict[str, Any]) -> PromptMap:
         """Shorten the prompt in ``kwargs`` of the model's forward, in place; return the map."""
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        ids = kwargs.get("input_ids")
         if ids is None:
             raise UsageError("pass input_ids, not inputs_embeds: the image placeholders cannot be seen in embeddings")
+        mask = valid_columns(kwargs.get("attention_mask"), ids.shape[1])
         self.shared.adapter.encode(kwargs)
         visuals = Visuals.read(self.shared.adapter, ids, kwargs.get("mm_encoder_outputs"))
         features, is_image, image_of = visuals.features, visuals.is_visual, visuals.image_of
@@ -95,7 +97,7 @@ class PromptPart:
     def _place(self, kwargs: dict[str, Any]) -> Tensor | None:
         """Give a prompt of M-RoPE its positions, which nobody can tell from a shorter one; return those of the next."""
         adapter, ids, mask = self.shared.adapter, kwargs["input_ids"], kwargs.get("attention_mask")
-        if not adapter.grid_positions or (mask is not None and mask.dim() != 2):
+        if not adapter.grid_positions or isinstance(mask, Mapping) or (mask is not None and mask.dim() != 2):
             return None
         mask = torch.ones_like(ids) if mask is None else mask
         positions = kwargs.get("position_ids")
@@ -237,7 +239,7 @@ def _sizes(chosen: list[Selection], is_image: Tensor, index: Tensor) -> Tensor |
     return gather_rows(sizes, index)
 
 
-def refuse_static_cache(cache: Any) -> None:
-    """Raise ``UsageError`` for a cache whose layers have a fixed length."""
+def refuse_static_cache(cache: Any, name: str = "token pruning") -> None:
+    """Raise ``UsageError`` for a cache whose layers have a fixed length; ``name`` says what cannot use it."""
     if cache is not None and getattr(cache, "is_compileable", False):
-        raise UsageError("token pruning needs a dynamic cache; leave cache_implementation unset (or 'dynamic')")
+        raise UsageError(f"{name} needs a dynamic cache; leave cache_implementation unset (or 'dynamic')")

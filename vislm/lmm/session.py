@@ -29,6 +29,7 @@ from vislm.lmm.logit_mixing import LogitsPart
 from vislm.lmm.packed_tower import PackedState, PackedTowerPart
 from vislm.lmm.plan import Plan, compile_plan
 from vislm.lmm.prompt import PromptPart
+from vislm.lmm.row_order import MemoryRows
 from vislm.lmm.run import Run, clock
 from vislm.lmm.scoring import timed_plan
 from vislm.lmm.state import SessionState, valid_columns
@@ -43,7 +44,7 @@ class Session:
 
     def __init__(self, adapter: Adapter, interventions: Sequence[Intervention]) -> None:
         self.adapter = adapter
-        self._state = SessionState(adapter)
+        self._state = SessionState(adapter, tuple(str(getattr(item, "name", item)) for item in interventions))
         self.plan: Plan = timed_plan(compile_plan(interventions, adapter), self._state)
         self._started = 0.0
         self._cached = self._new_columns = 0
@@ -58,8 +59,11 @@ class Session:
         )
         self._tower = self._tower_part()
         self._decoder = DecoderPart(self._state, self.plan.language) if self.plan.language else None
-        self._biases = BiasPart(self._state, self.plan.biases, self._decoder) if self.plan.biases else None
+        self._biases = None
+        if self.plan.biases:
+            self._biases = BiasPart(self._state, self.plan.biases, self._decoder, lambda: self._in_text_stream)
         self._edits = EditPart(self._state, self.plan.edits, self._decoder) if self.plan.edits else None
+        self._rows = MemoryRows(self._state, self.plan.edits)
         self._heads = HeadPart(self._state, self.plan.heads) if self.plan.heads else None
         self._logits = LogitsPart(self._state, self.plan.logits, self._hooks.pause) if self.plan.logits else None
         self._search = SearchPart(self._state, *self.plan.search[0]) if self.plan.search else None
@@ -125,12 +129,18 @@ class Session:
                 self._logits.install(self._hooks)
             if self._search:
                 self._search.install(self._hooks)
-            if self.plan.watches_language:
-                for number, module in enumerate(self.adapter.attentions):
-                    self._hooks.watch(module, lambda call, out, n=number: self._attention(n, call, out))
+            self._watch_language()
         except BaseException:
             self.remove()
             raise
+
+    def _watch_language(self) -> None:
+        edited = self._edits.layers if self._edits else frozenset()
+        for number, module in enumerate(self.adapter.attentions):
+            if number in edited:
+                self._hooks.surround(module, lambda call, fused, n=number: self._edited(n, call, fused))
+            if self._decoder or self._heads:
+                self._hooks.watch(module, lambda call, out, n=number: self._attention(n, call, out))
 
     def remove(self) -> None:
         """Take everything off again; safe to call at any time."""
@@ -140,6 +150,7 @@ class Session:
             self._implementations = {}
         if self._logits:
             self._logits.stop()
+        self._rows.stop()
         self._state.clear()
 
     def _select_attention(self) -> None:
@@ -206,6 +217,7 @@ class Session:
         looks = self.plan.watches_language or self.plan.logits
         if looks and mask is not None and not bool(mask[:, -1].all()):
             raise UsageError("signals are taken at the last column: pad prompts on the left (padding_side='left')")
+        self._rows.stop()
         if self._decoder:
             self._decoder.start(cache)
         if self._heads:
@@ -221,7 +233,7 @@ class Session:
         run.seconds["prompt"] = clock(self.adapter.model.device) - started - encoding
         self._state.pending = None
         self._state.positions = kwargs.get("position_ids")
-        self._state.prompt_mask = kwargs.get("attention_mask")
+        self._state.prompt_mask = valid_columns(kwargs.get("attention_mask"), self._state.prompt.index.shape[1])
         run.batch, run.prompt_tokens = self._state.prompt.index.shape[0], self._state.prompt.length
         if run.features is not None:
             run.visual_tokens = [len(f) for f in run.features]
@@ -240,6 +252,7 @@ class Session:
         if self._logits:
             self._logits.finish(phase, output)
         if phase == "prefill":
+            self._rows.follow(getattr(output, "past_key_values", None))
             self._state.encodings.clear()
             run.layer_tokens = self._columns()
             self._new_columns = 0
@@ -272,14 +285,20 @@ class Session:
             "full_prefill": run.batch * self._decoder_shape.prefill_flops(full),
         }
 
+    @property
+    def _in_text_stream(self) -> bool:
+        return bool(self._heads and self._heads.in_text_stream)
+
+    def _edited(self, number: int, call: AttentionCall, fused: Callable[[], Tensor]) -> Tensor:
+        if self._edits is None or self._state.phase is None or self._in_text_stream:
+            return fused()
+        return self._edits.apply(number, call, fused)
+
     def _attention(self, number: int, call: AttentionCall, out: Tensor) -> Tensor:
         if self._state.phase is None:
             return out
-        if not (self._heads and self._heads.in_text_stream):
-            if self._decoder and self._state.phase == "prefill":
-                self._decoder.observe(number, call)
-            if self._edits:
-                out = self._edits.apply(number, call, out)
+        if self._decoder and self._state.phase == "prefill" and not self._in_text_stream:
+            self._decoder.observe(number, call)
         return self._heads.apply(number, call, out) if self._heads else out
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,6 +60,8 @@ class SessionState:
     """Where a session stands: the phase of the forward in progress, its prompt, and the record that it fills."""
 
     adapter: Adapter
+    names: tuple[str, ...] = ()
+    """Of the interventions, by owner."""
     phase: Literal["prefill", "decode"] | None = None
     """None outside the model's forward."""
     prompt: PromptMap | None = None
@@ -107,8 +109,13 @@ def first_layer_keys(cache: Any) -> int:
     return cache.layers[0].keys.shape[-2]
 
 
-def valid_columns(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Return which prompt columns are no padding, from the 2-D or 4-D mask of a prefill; None if there is none."""
+def valid_columns(mask: Tensor | Mapping[str, Tensor | None] | None, columns: int) -> Tensor | None:
+    """Return which prompt columns are no padding, from the mask of a prefill; None if there is none.
+
+    For a static cache ``generate`` makes 4-D masks, one for all layers or one for each type of layer.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
     if mask is None or mask.dim() == 2:
         return mask
     last = mask[:, 0, -1, :columns]  # made for a static cache; the last row sees all valid columns

@@ -69,7 +69,7 @@ class Recorder:
 
     def plan(self, adapter: Adapter) -> Sequence[EditStage]:
         """Return a stage that edits nothing."""
-        return [EditStage(chosen_layers(self.layers, len(adapter.layers), 20, 26), self._look)]
+        return [EditStage(chosen_layers(self.layers, len(adapter.layers), 20, 26), self._look, observes=True)]
 
     def _look(self, view: EditView) -> None:
         if view.logits.shape[0] != 1:
@@ -135,7 +135,7 @@ class Carve:
 def carve(lmm: LMM, image: ImageSource, question: str, **options: Any) -> CarveResult:
     """Answer a question about one picture with CARVE.
 
-    Interventions in force (``lmm.using``) act in all three passes; they must not edit attention in the same layers.
+    Interventions in force (``lmm.using``) act in all three passes; what is looked at is the attention that they leave.
 
     Args:
         lmm: the model.
@@ -146,7 +146,7 @@ def carve(lmm: LMM, image: ImageSource, question: str, **options: Any) -> CarveR
     Raises:
         UsageError: an impossible option.
         ImageError: the picture cannot be read.
-        PlanConflict: a method in force edits attention in the layers that are looked at.
+        PlanConflict: a method in force decodes by a search of its own (opera).
     """
     chosen = Carve(**options)
     chosen.check()
