@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vislm.eval.protocol import Asked
-from vislm.eval.runner import rescore, run
+from vislm.eval.running.runner import rescore, run
 from vislm.eval.specs import open_benchmark
 
 SEED = 0

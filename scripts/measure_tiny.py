@@ -18,8 +18,8 @@ from vislm.data.scene_types import Scene
 from vislm.data.scenes import generate_scenes, write_scenes
 from vislm.data.turns import Turn, colour_turn, count_turn, position_turn, singletons
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.pope_questions import SPLITS
-from vislm.eval.runner import run
+from vislm.eval.questions.pope_questions import SPLITS
+from vislm.eval.running.runner import run
 from vislm.lmm.model import LMM
 from vislm.report.tables import markdown_table
 

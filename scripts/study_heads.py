@@ -26,10 +26,10 @@ from vislm.calibration.settings import Settings
 from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scenes import write_scenes
 from vislm.eval.benchmarks import load_benchmark
+from vislm.eval.captions.vocabulary import vocabulary_of
 from vislm.eval.compare import Comparison, compare, figure_interval, read_run
 from vislm.eval.protocol import Asked
-from vislm.eval.runner import run
-from vislm.eval.vocabulary import vocabulary_of
+from vislm.eval.running.runner import run
 from vislm.heads.carve import carve
 from vislm.lmm.model import LMM
 from vislm.report.tables import markdown_table

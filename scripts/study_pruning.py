@@ -16,7 +16,7 @@ from typing import Any
 from vislm import load_lmm, registry
 from vislm.data.scenes import write_scenes
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.runner import run
+from vislm.eval.running.runner import run
 from vislm.eval.uncertainty import difference, interval
 from vislm.lmm.model import LMM
 from vislm.report.tables import markdown_table

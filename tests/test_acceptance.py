@@ -11,9 +11,9 @@ import torch
 from vislm import FlowCut, RandomPruning, load_lmm
 from vislm.data.scene_categories import THEMES, UNIVERSALS
 from vislm.data.scenes import generate_scenes, write_scenes
-from vislm.eval import chair_scores as chair
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.runner import run
+from vislm.eval.captions import chair_scores as chair
+from vislm.eval.running.runner import run
 from vislm.heads.vhr import divergence
 from vislm.lmm.interventions import HeadStage, TowerStage
 

@@ -132,7 +132,7 @@ def _joined(texts: Iterable[str]) -> str:
 def _describe_model(name: str) -> Iterator[str]:
     from vislm.backbones import list_models
     from vislm.errors import UnknownName
-    from vislm.lmm.cost import DecoderShape
+    from vislm.lmm.cost.flops import DecoderShape
     from vislm.lmm.loading import EMBEDDED
     from vislm.lmm.model import load_lmm
 

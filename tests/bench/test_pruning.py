@@ -18,8 +18,8 @@ from vislm.bench.pruning.model import SHAPE, Subject, build
 from vislm.bench.pruning.rows import Row
 from vislm.bench.pruning.run import Bench, pruning_lines
 from vislm.errors import UnknownName, UsageError
-from vislm.lmm.cost import DecoderShape
-from vislm.lmm.image_layout import published_config
+from vislm.lmm.cost.flops import DecoderShape
+from vislm.lmm.prompt.image_layout import published_config
 from vislm.lmm.run import PHASES, Run
 
 SMALL: dict[str, Any] = {

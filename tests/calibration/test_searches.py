@@ -24,7 +24,7 @@ from vislm.calibration.sinks import find_dims, mean_activations
 from vislm.cli import calibrate_heads as command
 from vislm.data.scene_categories import CATEGORIES
 from vislm.errors import RunFolderError, UnknownName, UsageError
-from vislm.eval.vocabulary import vocabulary_of
+from vislm.eval.captions.vocabulary import vocabulary_of
 from vislm.heads.act import ACT
 from vislm.heads.ad_hh import ADHH
 from vislm.heads.var import VAR

@@ -64,8 +64,8 @@ def _key(image) -> str:
 if __name__ == "__main__":  # a process to be launched and killed: FOLDER OUT DELAY [FOLDER THAT IT KNOWS]
     from vislm.errors import VislmError
     from vislm.eval.benchmarks import load_benchmark
-    from vislm.eval.processes import launched
-    from vislm.eval.runner import run
+    from vislm.eval.running.processes import launched
+    from vislm.eval.running.runner import run
 
     source, target, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
     try:

@@ -7,9 +7,9 @@ from lmm_folders import Canned
 from lmm_folders import amber as folder
 
 from vislm.errors import UnknownName, UsageError
-from vislm.eval import amber
-from vislm.eval.amber_scores import discriminative, generative
-from vislm.eval.runner import run
+from vislm.eval.questions import amber
+from vislm.eval.questions.amber_scores import discriminative, generative
+from vislm.eval.running.runner import run
 
 ALIKE = {frozenset(("grass", "lawn")), frozenset(("man", "tree"))}
 

@@ -12,7 +12,7 @@ from lmm_folders import FOLDERS
 from vislm.errors import UnknownName, VislmError
 from vislm.eval.benchmarks import BENCHMARKS, LMM_BENCHMARKS, load_benchmark, options, read_options
 from vislm.eval.checks import check_folder
-from vislm.eval.runner import rescore, run
+from vislm.eval.running.runner import rescore, run
 from vislm.eval.specs import benchmark_names, open_benchmark
 
 OPTIONS = {"mmbench": {"scoring": "likelihood"}, "scienceqa": {"images_only": False}, "textvqa": {"ocr": True}}

@@ -11,7 +11,7 @@ from lmm_folders import chair as folder
 from vislm.errors import AnnotationError, UnknownName, UsageError
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.checks import check_folder
-from vislm.eval.runner import run
+from vislm.eval.running.runner import run
 from vislm.eval.specs import open_benchmark
 
 

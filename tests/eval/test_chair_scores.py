@@ -13,9 +13,9 @@ from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scenes import generate_scenes
 from vislm.data.turns import caption, plural
 from vislm.errors import AnnotationError, UsageError
-from vislm.eval import chair_scores as chair
-from vislm.eval.singularize import singularize
-from vislm.eval.vocabulary import coco_vocabulary, vocabulary_of
+from vislm.eval.captions import chair_scores as chair
+from vislm.eval.captions.singularize import singularize
+from vislm.eval.captions.vocabulary import coco_vocabulary, vocabulary_of
 
 
 def test_the_generator_s_own_captions_score_perfectly() -> None:

@@ -13,8 +13,8 @@ from lmm_folders import CAPTIONS, Canned
 from lmm_folders import coco_captions as folder
 
 from vislm.errors import AnnotationError, UnknownName, UsageError
-from vislm.eval import caption_extras, caption_metrics, caption_tokens, coco_captions
-from vislm.eval.runner import run
+from vislm.eval.captions import caption_extras, caption_metrics, caption_tokens, coco_captions
+from vislm.eval.running.runner import run
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "coco_caption" / "human_loo_79.json").read_text())
 SENTENCES = st.lists(st.sampled_from("a dog cat on the mat".split()), min_size=0, max_size=9)

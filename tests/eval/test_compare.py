@@ -15,8 +15,8 @@ from vislm.errors import RunFolderError, UsageError
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.compare import compare, figure_interval, read_run, unlike
 from vislm.eval.compare_tables import labels, sweep_rows
-from vislm.eval.pope_answers import auroc
-from vislm.eval.runner import run
+from vislm.eval.questions.pope_answers import auroc
+from vislm.eval.running.runner import run
 from vislm.eval.uncertainty import standard_error
 
 

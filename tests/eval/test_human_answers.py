@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from lmm_folders import Canned, edit, textvqa, vizwiz, vqav2
 
 from vislm.errors import AnnotationError, UnknownName
-from vislm.eval import textvqa as text_vqa
-from vislm.eval import vizwiz as viz_wiz
-from vislm.eval import vqav2 as vqa_v2
 from vislm.eval.prompts import SHORT
-from vislm.eval.runner import rescore, run
-from vislm.eval.vqa_answers import consensus, normalise, vqa_score
+from vislm.eval.questions import textvqa as text_vqa
+from vislm.eval.questions import vizwiz as viz_wiz
+from vislm.eval.questions import vqav2 as vqa_v2
+from vislm.eval.questions.vqa_answers import consensus, normalise, vqa_score
+from vislm.eval.running.runner import rescore, run
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_batches_hold_every_request_once_and_one_kind_each(requests, size) -> No
 
 
 def test_nothing_of_the_harness_is_imported_by_the_rest() -> None:
-    code = "import sys, vislm.eval.plugins.lmms_eval, vislm.eval.plugins.model_args, vislm.eval.runner; "
+    code = "import sys, vislm.eval.plugins.lmms_eval, vislm.eval.plugins.model_args, vislm.eval.running.runner; "
     code += "print([m for m in sys.modules if m.partition('.')[0] in ('lmms_eval', 'torch', 'transformers')])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

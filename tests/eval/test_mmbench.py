@@ -9,11 +9,11 @@ from lmm_folders import MMBENCH, Canned, mmbench_rows
 from lmm_folders import mmbench as folder
 
 from vislm.errors import AnnotationError, UnknownName, UsageError
-from vislm.eval import mmbench
-from vislm.eval.choice_answers import mmbench_answer
-from vislm.eval.mmbench_file import PASS
 from vislm.eval.prompts import LETTER
-from vislm.eval.runner import run
+from vislm.eval.questions import mmbench
+from vislm.eval.questions.choice_answers import mmbench_answer
+from vislm.eval.questions.mmbench_file import PASS
+from vislm.eval.running.runner import run
 
 OPTIONS = {"A": "an apple", "B": "the sky", "C": "cat"}
 

@@ -7,9 +7,9 @@ from lmm_folders import Canned
 from lmm_folders import mme as folder
 
 from vislm.errors import AnnotationError, UnknownName
-from vislm.eval import mme
 from vislm.eval.prompts import SHORT
-from vislm.eval.runner import run
+from vislm.eval.questions import mme
+from vislm.eval.running.runner import run
 
 
 def test_a_whole_run(tmp_path) -> None:

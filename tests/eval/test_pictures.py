@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from vislm.errors import ImageError, UsageError
-from vislm.eval import pictures
 from vislm.eval.protocol import Sample, Stored
+from vislm.eval.running import pictures
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from lmm_folders import pope as folder
 
 from vislm.errors import AnnotationError, UnknownName, UsageError
 from vislm.eval.benchmarks import load_benchmark, read_options
-from vislm.eval.pope import suspicions
-from vislm.eval.pope_answers import PARSERS, parse
 from vislm.eval.prompts import SUFFIXES
-from vislm.eval.runner import run
+from vislm.eval.questions.pope import suspicions
+from vislm.eval.questions.pope_answers import PARSERS, parse
+from vislm.eval.running.runner import run
 from vislm.eval.specs import open_benchmark
 
 ANSWERS = ["Yes", "NO", "I can't tell", "yes.", "maybe", "No, there is not", "yes or no"]

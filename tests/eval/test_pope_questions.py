@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vislm.errors import AnnotationError, UnknownName, UsageError
-from vislm.eval import pope_answers, pope_build, pope_questions
-from vislm.eval.vocabulary import coco_vocabulary
+from vislm.eval.captions.vocabulary import coco_vocabulary
+from vislm.eval.questions import pope_answers, pope_build, pope_questions
 
 OBJECTS = {f"{i}.jpg": random.Random(i).sample([f"{c}x" for c in "bcdfghjk"], 4) for i in range(20)}
 

@@ -18,8 +18,8 @@ from answerer import Oracle
 
 from vislm.errors import UsageError, VislmError
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.processes import World, launched, own_device
-from vislm.eval.runner import run
+from vislm.eval.running.processes import World, launched, own_device
+from vislm.eval.running.runner import run
 
 
 def launch(folder: Path, out: Path, size: int, delay: float = 0.0, *knows: Path) -> list[subprocess.Popen]:

@@ -14,8 +14,8 @@ from answerer import Oracle
 from vislm.errors import AnnotationError, ImageError, RunFolderError, UnknownName, UsageError, VislmError
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.protocol import Benchmark, Control, Sample, Verdict
-from vislm.eval.runner import rescore, run
-from vislm.eval.store import open_folder
+from vislm.eval.running.runner import rescore, run
+from vislm.eval.running.store import open_folder
 
 
 def metrics(results) -> dict:
@@ -247,7 +247,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal(scenes, pope, tmp_path, cap
 
 
 def test_grey_control_hides_every_picture(scenes) -> None:
-    from vislm.eval.pictures import picture
+    from vislm.eval.running.pictures import picture
 
     benchmark = load_benchmark("pope", scenes, control="grey")
     image = picture(benchmark.samples[0].images[0], benchmark.control)

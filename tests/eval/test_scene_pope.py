@@ -9,7 +9,7 @@ import pytest
 
 from vislm.data.scene_categories import CATEGORIES, THEMES, UNIVERSALS
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.scene_pope import STATISTICS, context_oracle, oracle_table, probability, scene_questions
+from vislm.eval.questions.scene_pope import STATISTICS, context_oracle, oracle_table, probability, scene_questions
 
 SHOWN = {f"{i}.png": CATEGORIES[i % 12 : i % 12 + 1 + i % 4] for i in range(40)}
 

@@ -7,10 +7,10 @@ from lmm_folders import Canned
 from lmm_folders import scienceqa as folder
 
 from vislm.errors import AnnotationError, UnknownName
-from vislm.eval import scienceqa
-from vislm.eval.choice_answers import scienceqa_answer
 from vislm.eval.prompts import LETTER
-from vislm.eval.runner import run
+from vislm.eval.questions import scienceqa
+from vislm.eval.questions.choice_answers import scienceqa_answer
+from vislm.eval.running.runner import run
 
 
 def test_a_whole_run_of_questions_with_a_picture(tmp_path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vislm.eval.singularize import PREPOSITIONS, singularize
+from vislm.eval.captions.singularize import PREPOSITIONS, singularize
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vislm.errors import RunFolderError
-from vislm.eval.store import ROWS, collect, open_folder, open_rows, part_name, read_json, read_rows, write_results
+from vislm.eval.running.store import (
+    ROWS,
+    collect,
+    open_folder,
+    open_rows,
+    part_name,
+    read_json,
+    read_rows,
+    write_results,
+)
 
 FINGERPRINT = {"a": 1}
 
@@ -112,7 +121,7 @@ FAILING = """
 import resource, signal, sys
 from pathlib import Path
 from vislm.errors import RunFolderError
-from vislm.eval.store import ROWS, open_rows, write_results
+from vislm.eval.running.store import ROWS, open_rows, write_results
 folder = Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from vislm.errors import UnknownName, UsageError
-from vislm.eval.likelihood import likelihoods
 from vislm.eval.protocol import Asked, Sample
-from vislm.eval.subjects import LmmSubject, open_subject
+from vislm.eval.running.likelihood import likelihoods
+from vislm.eval.running.subjects import LmmSubject, open_subject
 
 QUESTION = "is there a dog in the image ?"
 

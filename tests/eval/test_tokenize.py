@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vislm.eval.sentences import ABBREVIATIONS, split_sentences
-from vislm.eval.tokenize import tokenize
+from vislm.eval.captions.sentences import ABBREVIATIONS, split_sentences
+from vislm.eval.captions.tokenize import tokenize
 
 CASES = json.loads((Path(__file__).parent / "tokenizer_cases.json").read_text(encoding="utf-8"))
 

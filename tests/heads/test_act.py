@@ -13,7 +13,7 @@ from running import generate, mixed_batch, one_image
 from vislm import FastV, FlowCut, attach
 from vislm.errors import PlanConflict, UsageError
 from vislm.heads.act import ACT, calibrate, mean_received, received_by, sink_keys
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import EditStage
 
 HEADS = ((0, 0), (1, 3), (2, 0), (2, 1), (2, 3), (4, 2))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from vislm import attach
 from vislm.errors import UsageError
 from vislm.heads.air import AIR, project
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.attention_sums import logit_squares
+from vislm.lmm.decoder.attention import AttentionCall
+from vislm.lmm.decoder.attention_sums import logit_squares
 
 HEADS = ((0, 1), (2, 3), (4, 0))
 MIDDLE, SCALED = (1, 2, 3), (2,)

@@ -19,7 +19,7 @@ from vislm.heads.pai import PAI
 from vislm.heads.spin import SPIN
 from vislm.heads.vaf import VAF
 from vislm.heads.zerotuning import ZeroTuning
-from vislm.lmm import edits
+from vislm.lmm.decoder import edits
 from vislm.lmm.interventions import EditStage
 from vislm.token_pruning.divprune import DivPrune
 

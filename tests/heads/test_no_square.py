@@ -34,7 +34,7 @@ from vislm.heads.vhr import VHR
 from vislm.heads.zerotuning import ZeroTuning
 from vislm.kernels import sweep
 from vislm.kernels.scratch import release_scratch
-from vislm.lmm import edits
+from vislm.lmm.decoder import edits
 
 HEADS = ((0, 0), (1, 3), (2, 0), (2, 1))
 CASES: dict[str, list[Any]] = {

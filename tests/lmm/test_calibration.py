@@ -11,7 +11,7 @@ from running import FAMILIES, families, generate, one_image
 
 from vislm import FastV, FlowCut, attach
 from vislm.errors import PlanConflict
-from vislm.lmm.calibration import calibration, rotary_similarity
+from vislm.lmm.decoder.calibration import calibration, rotary_similarity
 from vislm.lmm.interventions import BiasView
 from vislm.token_pruning.divprune import DivPrune
 from vislm.token_pruning.restore import Restore, anchors, merge_into

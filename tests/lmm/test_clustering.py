@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "token_pruning"))
 from by_hand import peaks
 
 from vislm.errors import UsageError
-from vislm.lmm.clustering import cluster_means, density_peaks, distances
+from vislm.lmm.choosing.clustering import cluster_means, density_peaks, distances
 
 
 @settings(max_examples=30, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vislm.lmm.cost import DecoderShape, TowerShape
+from vislm.lmm.cost.flops import DecoderShape, TowerShape
 
 VICUNA = DecoderShape(layers=32, width=4096, heads=32, kv_heads=32, head_dim=128, mlp_width=11008, vocabulary=32000)
 CLIP = TowerShape(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vislm.errors import UsageError
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.crops import Group, check_budget, crop_budgets, crop_tokens, patch_attention, seated
+from vislm.lmm.choosing.crops import Group, check_budget, crop_budgets, crop_tokens, patch_attention, seated
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import ImageView, TowerRecord
 
 

@@ -14,8 +14,8 @@ from running import FAMILIES, families, generate, one_image
 
 from vislm import FastV, FlowCut, attach
 from vislm.errors import PlanConflict
-from vislm.lmm import edits
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder import edits
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import EditStage, EditView, ProbeStage
 
 

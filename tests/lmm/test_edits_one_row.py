@@ -15,9 +15,9 @@ from running import generate, mixed_batch, one_image
 from torch import Tensor
 
 from vislm import VHR, FastV, attach
-from vislm.lmm import attention, grouped_heads
+from vislm.lmm.decoder import attention, grouped_heads
+from vislm.lmm.decoder.key_groups import KeyGroups
 from vislm.lmm.interventions import EditStage, EditView
-from vislm.lmm.key_groups import KeyGroups
 
 
 @dataclass(frozen=True)

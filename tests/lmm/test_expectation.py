@@ -13,11 +13,11 @@ from test_cost import CLIP, VICUNA
 from vislm import attach, registry
 from vislm.errors import CheckpointError, PlanConflict, UsageError
 from vislm.lmm.adapters import adapter_for
-from vislm.lmm.conventions import published_flops
-from vislm.lmm.expectation import expect
-from vislm.lmm.image_layout import ImageLayout, blank_model, default_processor, shape_names
+from vislm.lmm.cost.conventions import published_flops
+from vislm.lmm.cost.expectation import expect
+from vislm.lmm.cost.roofline import decode_bytes, first_token_seconds
 from vislm.lmm.interventions import PromptStage
-from vislm.lmm.roofline import decode_bytes, first_token_seconds
+from vislm.lmm.prompt.image_layout import ImageLayout, blank_model, default_processor, shape_names
 from vislm.token_pruning.flowcut import FlowCut, expected_patches
 from vislm.token_pruning.prumerge import expected_number, kept_tokens
 from vislm.token_pruning.sparsevlm import SparseVLM

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vislm import VHR, FastV, FlowCut, RandomPruning, attach
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import adapter_for
-from vislm.lmm.cost import DecoderShape
+from vislm.lmm.cost.flops import DecoderShape
 from vislm.lmm.interventions import LanguageStage
-from vislm.lmm.positions import renumber
+from vislm.lmm.prompt.positions import renumber
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 IN_TOWER = ("llava", "llava_next", "llava_onevision", "qwen2_vl")
@@ -407,7 +407,7 @@ def test_deepstack_needs_a_later_layer() -> None:
 
 
 def test_pooled_frames_are_means_of_their_survivors() -> None:
-    from vislm.lmm.tower import mix_survivors
+    from vislm.lmm.tower.pruning import mix_survivors
 
     model = built("llava_onevision").model
     frames = torch.randn(2, 16, 8)

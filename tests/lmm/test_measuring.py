@@ -9,7 +9,7 @@ from running import GENERATE, METHODS, generate, mixed_batch, one_image
 
 from vislm import VHR, FlowCut, attach, load_lmm, registry
 from vislm.data.scenes import generate_scenes
-from vislm.lmm.measuring import compare, fastest, memory_growth
+from vislm.lmm.cost.measuring import compare, fastest, memory_growth
 from vislm.lmm.run import PHASES, Run
 from vislm.report.run_table import run_lines
 

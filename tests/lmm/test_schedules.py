@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vislm.errors import UsageError
-from vislm.lmm.schedules import keep_for_average, ratio_for_average, scaled_layers, stage_counts
+from vislm.lmm.choosing.schedules import keep_for_average, ratio_for_average, scaled_layers, stage_counts
 from vislm.token_pruning import sparsevlm, sparsevlm_plus
 
 TABLES = {"sparsevlm": sparsevlm.COUNTS, "sparsevlm_plus": sparsevlm_plus.COUNTS}

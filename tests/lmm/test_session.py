@@ -20,7 +20,7 @@ from running import (
 from torch import Tensor
 
 from vislm import VHR, FastV, FlowCut, RandomPruning, attach
-from vislm.lmm.cost import DecoderShape
+from vislm.lmm.cost.flops import DecoderShape
 
 
 @families

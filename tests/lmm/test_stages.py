@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vislm import attach
 from vislm.errors import PlanConflict, UsageError
-from vislm.lmm.attention import add_to_mask
+from vislm.lmm.decoder.attention import add_to_mask
 from vislm.lmm.interventions import (
     BiasStage,
     BiasView,
@@ -136,7 +136,7 @@ def test_a_language_stage_may_give_columns_new_contents() -> None:
 
 
 def test_a_logit_bias_of_log_two_counts_a_key_twice() -> None:
-    from vislm.lmm.attention import AttentionCall
+    from vislm.lmm.decoder.attention import AttentionCall
 
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 6, 8, generator=generator) for _ in range(3))

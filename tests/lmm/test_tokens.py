@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from vislm.errors import UsageError
-from vislm.lmm.tokens import compact, number_images, token_count, top_per_image
+from vislm.lmm.choosing.tokens import compact, number_images, token_count, top_per_image
 
 masks = arrays(bool, st.tuples(st.integers(1, 4), st.integers(1, 12))).filter(lambda m: m.any())
 

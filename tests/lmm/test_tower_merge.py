@@ -12,7 +12,7 @@ from vislm import VHR, FastV, FlowCut, RandomPruning, attach
 from vislm.errors import PlanConflict, UsageError
 from vislm.kernels.matching import bipartite_soft_matching
 from vislm.lmm.interventions import ImageView, PromptStage, Selection, TowerRecord, TowerSignal
-from vislm.lmm.tower_merge import HOME, SIZE, with_tower_merges
+from vislm.lmm.tower.merging import HOME, SIZE, with_tower_merges
 from vislm.token_pruning.tome import ToMe
 
 

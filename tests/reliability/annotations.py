@@ -27,11 +27,11 @@ import lmm_folders
 from vislm.errors import VislmError
 from vislm.eval import compare
 from vislm.eval.benchmarks import LMM_BENCHMARKS, load_benchmark
-from vislm.eval.chair_scores import read_object_table
+from vislm.eval.captions.chair_scores import read_object_table
+from vislm.eval.captions.vocabulary import coco_vocabulary
 from vislm.eval.coco import is_safe_name, read_captions, read_coco_folder
-from vislm.eval.pope_questions import read_questions
-from vislm.eval.store import read_json, read_rows
-from vislm.eval.vocabulary import coco_vocabulary
+from vislm.eval.questions.pope_questions import read_questions
+from vislm.eval.running.store import read_json, read_rows
 
 HANG = 1.0
 """Seconds."""
@@ -144,7 +144,7 @@ def _benchmark_kinds(folder: Path) -> list[tuple[Path, Callable[[], str | None]]
 
 def _finished_run(folder: Path, out: Path) -> None:
     from vislm.data.scenes import write_scenes
-    from vislm.eval.runner import run
+    from vislm.eval.running.runner import run
 
     class Agrees:
         def fingerprint(self) -> dict:

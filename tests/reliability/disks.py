@@ -36,7 +36,7 @@ def trial(cases: int, seed: int) -> Outcome:
 def main(cases: int, seed: int) -> dict:
     from vislm.data.scenes import write_scenes
 
-    run = import_module("vislm.eval.runner").run
+    run = import_module("vislm.eval.running.runner").run
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails as it does on a full disk
     rng, failures, refused = random.Random(seed), [], 0
     with tempfile.TemporaryDirectory() as scratch:

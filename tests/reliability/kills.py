@@ -59,7 +59,7 @@ class Evaluation:
     def evaluate(self) -> None:
         """Run to the end, in this process, noting each sample that is asked."""
         from vislm.eval.benchmarks import load_benchmark
-        from vislm.eval.runner import run
+        from vislm.eval.running.runner import run
 
         run(load_benchmark("pope", self.folder), _Noting(self.asked), self.out, **self.options)
 
@@ -111,7 +111,7 @@ class _Noting:
 def main(kills: int, seed: int) -> dict:
     from vislm.data.scenes import write_scenes
 
-    import_module("vislm.eval.runner")  # everything is imported before the first fork
+    import_module("vislm.eval.running.runner")  # everything is imported before the first fork
     rng, total, repeated, torn, per_kill, done, failures = random.Random(seed), 0, 0, 0, 0.0, 0, []
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_scenes(Path(scratch) / "scenes", SCENES, SCENE_SEED)

@@ -93,7 +93,7 @@ def _write(data: Path, folder: Path, kind: str, name: str) -> None:
 
 def _refused(folder: Path) -> bool:
     from vislm.eval.benchmarks import load_benchmark
-    from vislm.eval.runner import run
+    from vislm.eval.running.runner import run
 
     class Blind:
         def fingerprint(self) -> dict:

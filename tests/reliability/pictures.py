@@ -105,7 +105,7 @@ def _cases(files: dict[str, bytes], cases: int, seed: int) -> Iterator[tuple[str
 
 def _substitutions(cases: list[tuple[str, bytes]]) -> list[str]:
     """Run a benchmark over mutated files; every row must come from its own file, every other file must be listed."""
-    from vislm.eval.runner import run
+    from vislm.eval.running.runner import run
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vislm.eval.benchmarks import load_benchmark
-from vislm.eval.chair import Chair
-from vislm.eval.pope import Pope
-from vislm.eval.pope_build import build
-from vislm.eval.runner import run, summary
-from vislm.eval.vocabulary import coco_vocabulary
+from vislm.eval.captions.chair import Chair
+from vislm.eval.captions.vocabulary import coco_vocabulary
+from vislm.eval.questions.pope import Pope
+from vislm.eval.questions.pope_build import build
+from vislm.eval.running.runner import run, summary
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "chair" / "llava15_greedy_first150.json"
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from vislm.errors import UsageError
-from vislm.eval.kept_tokens import kept_per_picture, seen_share
 from vislm.eval.protocol import Asked, Sample
-from vislm.eval.subjects import LmmSubject, keep_tokens
+from vislm.eval.running.kept_tokens import kept_per_picture, seen_share
+from vislm.eval.running.subjects import LmmSubject, keep_tokens
 from vislm.lmm.model import load_lmm
 from vislm.registry import build
 

@@ -14,7 +14,7 @@ from running import generate, one_image
 
 from vislm import attach
 from vislm.errors import CheckpointError, UsageError
-from vislm.lmm import clip_text
+from vislm.lmm.choosing import clip_text
 from vislm.token_pruning import cdpruner
 from vislm.token_pruning.cdpruner import CDPruner, conditional_kernel, greedy_map, relevance, to_unit_range
 

@@ -19,7 +19,7 @@ from running import generate, mixed_batch, one_image
 
 from vislm import attach
 from vislm.errors import UsageError
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.token_pruning.prumerge import (
     PruMerge,
     kept_number,

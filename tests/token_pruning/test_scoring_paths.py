@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.token_pruning import divprune
 from vislm.token_pruning.flowcut import cls_flow, mean_query_flow
 

@@ -18,7 +18,7 @@ from running import FAMILIES, GENERATE, families, generate, mixed_batch, one_ima
 
 from vislm import attach
 from vislm.errors import PlanConflict, UsageError
-from vislm.lmm.text_relevance import choose_raters, rater_scores
+from vislm.lmm.choosing.text_relevance import choose_raters, rater_scores
 from vislm.token_pruning.sparsevlm import SparseVLM, recycle, recycle_candidates
 
 

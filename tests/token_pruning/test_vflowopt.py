@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vislm import registry
 from vislm.errors import UsageError
 from vislm.lmm.adapters.llava import Grid
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.token_pruning.vflowopt import VFlowOpt
 from vislm.token_pruning.vflowopt import map as maps
 from vislm.token_pruning.vflowopt.recycling import cell_numbers, keep_highest, recycle, stage_counts

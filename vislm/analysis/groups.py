@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vislm.lmm.key_groups import KeyGroups
+from vislm.lmm.decoder.key_groups import KeyGroups
 
 GROUPS = ("bos", "system", "text_before", "image", "text_between", "text_after", "generated", "pad")
 """In prompt order; every key is in exactly one."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vislm.errors import UnknownName, UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.decoder.key_groups import KeyGroups
 from vislm.lmm.interventions import EditStage, EditView
-from vislm.lmm.key_groups import KeyGroups
 
 Span = tuple[int, int]
 Pairs = Iterable[tuple[Iterable[int], Iterable[int]]]

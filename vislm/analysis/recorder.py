@@ -25,9 +25,9 @@ from vislm.heads.var import sink_tokens
 from vislm.heads.vhr import divergence, text_norm
 from vislm.kernels import StatisticsRequest
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.decoder.key_groups import KeyGroups
+from vislm.lmm.decoder.known_keys import follow
 from vislm.lmm.interventions import EditStage, EditView, HeadStage, HeadView, PrepareView
-from vislm.lmm.key_groups import KeyGroups
-from vislm.lmm.known_keys import follow
 from vislm.lmm.run import Run
 
 LEVELS = ("reductions", "last_rows", "maps")

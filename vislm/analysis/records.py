@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vislm.analysis.entropy import HeadEntropy
 from vislm.lmm.adapters.base import Grid
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 
 
 @dataclass

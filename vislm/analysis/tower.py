@@ -14,7 +14,7 @@ from vislm.analysis.patterns import cluster_heads
 from vislm.analysis.results import Analysis
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import ProbeStage, TowerSignal
 from vislm.lmm.model import LMM, ImageSource
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from vislm.calibration.row_heads import RowHeads, Silenced
 from vislm.calibration.samples import Sample
 from vislm.errors import UsageError
-from vislm.eval.chair_scores import mentions
-from vislm.eval.tokenize import tokenize
-from vislm.eval.vocabulary import Vocabulary
+from vislm.eval.captions.chair_scores import mentions
+from vislm.eval.captions.tokenize import tokenize
+from vislm.eval.captions.vocabulary import Vocabulary
 from vislm.lmm.model import LMM
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from vislm.heads import act
 from vislm.heads.zerotuning import bias_first
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.decoder.known_keys import follow
 from vislm.lmm.interventions import EditStage, EditView, HeadStage, HeadView, PrepareView
-from vislm.lmm.known_keys import follow
 
 Head = tuple[int, int]
 """(layer, head)."""

@@ -14,7 +14,7 @@ from vislm.calibration.samples import Sample
 from vislm.calibration.searches import Search, attribute, key, search_act, search_zerotuning
 from vislm.calibration.settings import Settings
 from vislm.calibration.sinks import find_dims, mean_activations
-from vislm.eval.vocabulary import Vocabulary
+from vislm.eval.captions.vocabulary import Vocabulary
 from vislm.lmm.artefacts import write_artefact
 from vislm.lmm.model import LMM
 

@@ -14,7 +14,7 @@ from vislm.calibration.samples import Sample
 from vislm.calibration.scores import Scorer
 from vislm.calibration.settings import Settings
 from vislm.errors import UsageError
-from vislm.eval.vocabulary import Vocabulary
+from vislm.eval.captions.vocabulary import Vocabulary
 from vislm.heads.zerotuning import ZeroTuning
 from vislm.lmm.model import LMM
 

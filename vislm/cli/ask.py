@@ -27,7 +27,7 @@ def ask(
     methods = interventions(prune, heads)
     lmm = load(model, dtype, device)
     if stats:
-        from vislm.lmm.measuring import compare
+        from vislm.lmm.cost.measuring import compare
         from vislm.report.run_table import run_lines
 
         others = interventions(None, heads)

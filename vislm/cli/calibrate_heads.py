@@ -54,7 +54,7 @@ def calibrate_heads(
     from vislm.calibration.samples import load_samples
     from vislm.calibration.settings import Settings
     from vislm.data.scene_categories import CATEGORIES
-    from vislm.eval.vocabulary import coco_vocabulary, vocabulary_of
+    from vislm.eval.captions.vocabulary import coco_vocabulary, vocabulary_of
     from vislm.registry import parse_value
 
     settings = Settings(

@@ -44,9 +44,9 @@ def evaluate(
 
     Start it by ``accelerate launch -m vislm.eval ...`` to share the samples among processes and machines.
     """
-    from vislm.eval.processes import launched, own_device
-    from vislm.eval.runner import Options, run
-    from vislm.eval.subjects import keep_tokens, open_subject
+    from vislm.eval.running.processes import launched, own_device
+    from vislm.eval.running.runner import Options, run
+    from vislm.eval.running.subjects import keep_tokens, open_subject
     from vislm.report.tables import metrics_table
 
     Options(batch_size, limit, on_error, workers)  # a wrong word should not cost the time to load a model
@@ -74,7 +74,7 @@ def evaluate(
 
 def _prepared(task: Benchmark, subject: Subject, folder: Path, options: dict[str, Any]) -> Benchmark:
     """Run what a benchmark needs first (k-NN: the training pictures' features), into OUT/train, whatever --limit is."""
-    from vislm.eval.runner import run
+    from vislm.eval.running.runner import run
     from vislm.eval.vision.knn import Knn
 
     if not isinstance(task, Knn) or task.votes.bank is not None:

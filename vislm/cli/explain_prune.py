@@ -29,8 +29,8 @@ def explain_prune(
     Several methods act together. Counts are exact unless a line says what an estimate assumes.
     """
     from vislm.cli._sizes import parse_sizes
-    from vislm.lmm.expectation import expect
-    from vislm.lmm.image_layout import ImageLayout, blank_model
+    from vislm.lmm.cost.expectation import expect
+    from vislm.lmm.prompt.image_layout import ImageLayout, blank_model
     from vislm.report.expectation import expectation_lines
 
     methods = interventions(prune, None)

@@ -23,7 +23,7 @@ def score(
     ] = None,
 ) -> None:
     """Score answers again, without a model: another parser, or what another program has answered."""
-    from vislm.eval.runner import rescore
+    from vislm.eval.running.runner import rescore
     from vislm.eval.specs import open_benchmark
     from vislm.files import atomic_write
     from vislm.report.tables import metrics_table

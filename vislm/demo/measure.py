@@ -15,7 +15,7 @@ from vislm.demo.settings import Setting
 from vislm.demo.timing import interleaved, threads
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.protocol import Benchmark
-from vislm.eval.runner import run
+from vislm.eval.running.runner import run
 from vislm.lmm.model import LMM
 from vislm.lmm.run import Run
 from vislm.report.units import percent_text

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scene_types import Scene
 from vislm.data.turns import Turn, caption_turn, colour_turn, count_turn, position_turn, presence_turn, singletons
-from vislm.eval.chair_scores import score_caption
-from vislm.eval.vocabulary import vocabulary_of
+from vislm.eval.captions.chair_scores import score_caption
+from vislm.eval.captions.vocabulary import vocabulary_of
 from vislm.lmm.model import LMM
 
 

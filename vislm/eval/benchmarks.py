@@ -14,29 +14,36 @@ from vislm.errors import UnknownName, UsageError
 from vislm.eval.protocol import Benchmark, Control
 from vislm.registry import parse_value
 
-LMM_BENCHMARKS = {
-    "amber": "AMBER: yes/no questions about existence, attributes, relations; hallucination in descriptions",
-    "chair": "CHAIR: hallucinated objects in captions",
-    "coco_captions": "COCO captions, Karpathy splits: BLEU, ROUGE-L, CIDEr-D; METEOR, SPICE if installed",
-    "gqa": "GQA: compositional questions, one-word answers",
-    "mmbench": "MMBench: multiple choice in all rotations of the options",
-    "mme": "MME: paired yes/no questions, ten tasks of perception and four of cognition",
-    "pope": "POPE: yes/no questions about present and absent objects, three splits",
-    "scienceqa": "ScienceQA-IMG: multiple-choice questions of school science with a picture",
-    "textvqa": "TextVQA: questions about text in the picture",
-    "vizwiz": "VizWiz: blind people's questions about their photographs",
-    "vqav2": "VQAv2: open questions about COCO pictures",
+FOLDERS = {
+    "questions": {
+        "amber": "AMBER: yes/no questions about existence, attributes, relations; hallucination in descriptions",
+        "gqa": "GQA: compositional questions, one-word answers",
+        "mmbench": "MMBench: multiple choice in all rotations of the options",
+        "mme": "MME: paired yes/no questions, ten tasks of perception and four of cognition",
+        "pope": "POPE: yes/no questions about present and absent objects, three splits",
+        "scienceqa": "ScienceQA-IMG: multiple-choice questions of school science with a picture",
+        "textvqa": "TextVQA: questions about text in the picture",
+        "vizwiz": "VizWiz: blind people's questions about their photographs",
+        "vqav2": "VQAv2: open questions about COCO pictures",
+    },
+    "captions": {
+        "chair": "CHAIR: hallucinated objects in captions",
+        "coco_captions": "COCO captions, Karpathy splits: BLEU, ROUGE-L, CIDEr-D; METEOR, SPICE if installed",
+    },
+    "vision": {
+        "ade20k": "ADE20K semantic segmentation: mean IoU",
+        "coco_detection": "COCO detection and instance segmentation: box and mask AP",
+        "imagenet": "ImageNet-1k, V2, ReaL, A, R, Sketch: top-1 and top-5",
+        "knn": "k nearest neighbours on frozen features",
+        "retrieval": "image-text retrieval, COCO and Flickr30k Karpathy splits: recall at 1, 5, 10",
+        "zero_shot": "zero-shot classification with open_clip's class names and templates",
+    },
 }
-"""Name -> one line; each is a module of ``vislm.eval``."""
-VISION_BENCHMARKS = {
-    "ade20k": "ADE20K semantic segmentation: mean IoU",
-    "coco_detection": "COCO detection and instance segmentation: box and mask AP",
-    "imagenet": "ImageNet-1k, V2, ReaL, A, R, Sketch: top-1 and top-5",
-    "knn": "k nearest neighbours on frozen features",
-    "retrieval": "image-text retrieval, COCO and Flickr30k Karpathy splits: recall at 1, 5, 10",
-    "zero_shot": "zero-shot classification with open_clip's class names and templates",
-}
-"""Name -> one line; each is a module of ``vislm.eval.vision``."""
+"""Folder of ``vislm.eval`` -> name of a benchmark, which is a module there, -> one line about it."""
+LMM_BENCHMARKS = {**FOLDERS["questions"], **FOLDERS["captions"]}
+"""Those that a large multimodal model answers."""
+VISION_BENCHMARKS = FOLDERS["vision"]
+"""Those of vision models."""
 BENCHMARKS = dict(sorted({**LMM_BENCHMARKS, **VISION_BENCHMARKS}.items()))
 """All of them."""
 
@@ -98,7 +105,8 @@ def suspicions(name: str, benchmark: Benchmark) -> list[str]:
 def _module(name: str) -> ModuleType:
     if name not in BENCHMARKS:
         raise UnknownName("benchmark", name, BENCHMARKS)
-    return import_module(f"vislm.eval.vision.{name}" if name in VISION_BENCHMARKS else f"vislm.eval.{name}")
+    folder = next(folder for folder, members in FOLDERS.items() if name in members)
+    return import_module(f"vislm.eval.{folder}.{name}")
 
 
 def _loader(name: str) -> Callable[..., Benchmark]:

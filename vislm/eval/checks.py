@@ -9,8 +9,8 @@ from typing import Any
 
 from vislm.errors import AnnotationError, ImageError
 from vislm.eval.benchmarks import suspicions
-from vislm.eval.pictures import picture
 from vislm.eval.protocol import Benchmark, Picture
+from vislm.eval.running.pictures import picture
 from vislm.eval.specs import name_of, open_benchmark
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vislm.errors import RunFolderError, UsageError
 from vislm.eval.protocol import Figure
-from vislm.eval.store import RESULTS, ROWS, RUN, differing, read_json, read_rows
+from vislm.eval.running.store import RESULTS, ROWS, RUN, differing, read_json, read_rows
 from vislm.eval.uncertainty import Difference, Interval, difference, interval, mcnemar, standard_error
 
 Floats = NDArray[np.float64]
@@ -231,7 +231,7 @@ def _ratio(terms: Floats) -> float:
 
 
 def _auroc(columns: Floats) -> float:
-    """Do what ``vislm.eval.pope_answers.auroc`` does, faster: it is needed for thousands of resamples."""
+    """Do what ``vislm.eval.questions.pope_answers.auroc`` does, faster: it is needed for thousands of resamples."""
     truth = columns[:, 0] > 0.5
     positives, negatives = int(truth.sum()), int((~truth).sum())
     if not positives or not negatives:

@@ -142,7 +142,7 @@ class Benchmark(abc.ABC):
     max_new_tokens: int = 16
     """Upper limit of an answer."""
     subject: str = "lmm"
-    """What kind of model answers; see ``vislm.eval.subjects``."""
+    """What kind of model answers; see ``vislm.eval.running.subjects``."""
     figures: tuple[Figure, ...] = (Figure(),)
     """What ``vislm compare`` shows."""
     faults: Sequence[str] = ()

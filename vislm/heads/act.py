@@ -18,9 +18,9 @@ from vislm.errors import UsageError
 from vislm.kernels import StatisticsRequest
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.artefacts import Heads, head_list
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
+from vislm.lmm.decoder.known_keys import follow
 from vislm.lmm.interventions import EditStage, EditView, PrepareView
-from vislm.lmm.known_keys import follow
 
 Spared = Literal["first_found", "first_token"]
 

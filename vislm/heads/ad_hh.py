@@ -16,8 +16,8 @@ from torch import Tensor
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.artefacts import Heads, head_list
+from vislm.lmm.decoder.logit_scaling import silence_text
 from vislm.lmm.interventions import EditStage, EditView
-from vislm.lmm.logit_scaling import silence_text
 
 
 def influence(probability: Tensor, probability_without_head: Tensor, hallucinated: Tensor) -> Tensor:

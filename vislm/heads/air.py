@@ -16,13 +16,13 @@ from torch import Tensor
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.artefacts import Heads, head_list
-from vislm.lmm.attention_sums import MatrixSums, logit_squares
-from vislm.lmm.edits import pieces, row_logits
-from vislm.lmm.grouped_heads import head_mask
+from vislm.lmm.choosing.layer_ranges import chosen_layers
+from vislm.lmm.decoder.attention_sums import MatrixSums, logit_squares
+from vislm.lmm.decoder.edits import pieces, row_logits
+from vislm.lmm.decoder.grouped_heads import head_mask
+from vislm.lmm.decoder.key_groups import KeyGroups
+from vislm.lmm.decoder.logit_scaling import scale_groups, silence_text
 from vislm.lmm.interventions import EditStage, EditView, PrepareView
-from vislm.lmm.key_groups import KeyGroups
-from vislm.lmm.layer_ranges import chosen_layers
-from vislm.lmm.logit_scaling import scale_groups, silence_text
 
 
 def lift_image(logits: Tensor, image: Tensor, strength: float) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.edits import pieces, row_logits
-from vislm.lmm.image_slots import ImageSlots
+from vislm.lmm.choosing.layer_ranges import chosen_layers
+from vislm.lmm.decoder.edits import pieces, row_logits
+from vislm.lmm.decoder.image_slots import ImageSlots
+from vislm.lmm.decoder.key_groups import KeyGroups
 from vislm.lmm.interventions import EditStage, EditView, PrepareView
-from vislm.lmm.key_groups import KeyGroups
-from vislm.lmm.layer_ranges import chosen_layers
 
 
 def top_half(score: Tensor) -> Tensor:

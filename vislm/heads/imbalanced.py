@@ -17,11 +17,11 @@ from torch import Tensor
 from vislm.errors import PlanConflict, UsageError
 from vislm.kernels import StatisticsRequest
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.choosing.layer_ranges import chosen_layers
+from vislm.lmm.choosing.ranking import top
+from vislm.lmm.decoder.attention import AttentionCall
+from vislm.lmm.decoder.known_keys import follow
 from vislm.lmm.interventions import EditStage, EditView, ImageView, ProbeStage, TowerSignal
-from vislm.lmm.known_keys import follow
-from vislm.lmm.layer_ranges import chosen_layers
-from vislm.lmm.ranking import top
 
 
 def cls_attention(call: AttentionCall, prefix: int) -> Tensor:

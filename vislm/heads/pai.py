@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.layer_ranges import chosen_layers
 from vislm.lmm.interventions import EditStage, EditView, LogitsStage, LogitsView
-from vislm.lmm.layer_ranges import chosen_layers
 
 
 def boost(logits: Tensor, image: Tensor, alpha: float) -> Tensor:

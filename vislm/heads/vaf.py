@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.layer_ranges import chosen_layers
+from vislm.lmm.decoder.logit_scaling import scale_groups
 from vislm.lmm.interventions import EditStage, EditView
-from vislm.lmm.layer_ranges import chosen_layers
-from vislm.lmm.logit_scaling import scale_groups
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from vislm.lmm.attention import Around, LogitBias, Site, bias, surround, unwatch, watch
+from vislm.lmm.decoder.attention import Around, LogitBias, Site, bias, surround, unwatch, watch
 
 
 class Hooks:

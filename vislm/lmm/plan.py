@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.calibration import calibration_stage
+from vislm.lmm.decoder.calibration import calibration_stage
 from vislm.lmm.interventions import (
     BiasStage,
     EditStage,

@@ -43,7 +43,7 @@ class Run:
     contrast_kv_bytes: int = 0
     """Measured size of the contrast stream's cache; 0 without one."""
     peak_bytes: int | None = None
-    """By how much memory grew at most during the call; None unless ``vislm.lmm.measuring`` made the call."""
+    """By how much memory grew at most during the call; None unless ``vislm.lmm.cost.measuring`` made the call."""
     new_tokens: int = 0
     """Decode steps."""
     head_factors: dict[int, Tensor] = field(default_factory=dict)

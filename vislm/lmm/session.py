@@ -13,30 +13,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vislm.errors import UsageError
-from vislm.lmm import attention
 from vislm.lmm.adapters import Adapter, adapter_for
 from vislm.lmm.adapters.base import PIXELS
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.beam_search import SearchPart
-from vislm.lmm.cost import DecoderShape
-from vislm.lmm.decoder import DecoderPart
-from vislm.lmm.edits import EditPart
-from vislm.lmm.head_scaling import HeadPart
+from vislm.lmm.cost.flops import DecoderShape
+from vislm.lmm.cost.scoring import timed_plan
+from vislm.lmm.cost.tower import tower_flops
+from vislm.lmm.decoder import attention
+from vislm.lmm.decoder.attention import AttentionCall
+from vislm.lmm.decoder.edits import EditPart
+from vislm.lmm.decoder.head_scaling import HeadPart
+from vislm.lmm.decoder.logit_bias import BiasPart
+from vislm.lmm.decoder.pruning import DecoderPart
+from vislm.lmm.decoder.row_order import MemoryRows
 from vislm.lmm.hooks import Hooks, named_arguments
 from vislm.lmm.interventions import Intervention
-from vislm.lmm.logit_bias import BiasPart
-from vislm.lmm.logit_mixing import LogitsPart
-from vislm.lmm.packed_tower import PackedState, PackedTowerPart
+from vislm.lmm.logits.beam_search import SearchPart
+from vislm.lmm.logits.mixing import LogitsPart
 from vislm.lmm.plan import Plan, compile_plan
-from vislm.lmm.prompt import PromptPart
-from vislm.lmm.row_order import MemoryRows
+from vislm.lmm.prompt.pruning import PromptPart
+from vislm.lmm.prompt.visuals import Encoding
 from vislm.lmm.run import Run, clock
-from vislm.lmm.scoring import timed_plan
 from vislm.lmm.state import SessionState, valid_columns
-from vislm.lmm.tower import TowerPart, TowerState, mix_survivors
-from vislm.lmm.tower_cost import tower_flops
-from vislm.lmm.tower_merge import MergeState, TowerMergePart
-from vislm.lmm.visuals import Encoding
+from vislm.lmm.tower.merging import MergeState, TowerMergePart
+from vislm.lmm.tower.packed import PackedState, PackedTowerPart
+from vislm.lmm.tower.pruning import TowerPart, TowerState, mix_survivors
 
 
 class Session:

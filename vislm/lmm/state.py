@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.prompt.visuals import Encoding
 from vislm.lmm.run import Run
-from vislm.lmm.visuals import Encoding
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.expectation import Expectation
-from vislm.lmm.roofline import A100, decode_bytes, first_token_seconds
+from vislm.lmm.cost.expectation import Expectation
+from vislm.lmm.cost.roofline import A100, decode_bytes, first_token_seconds
 from vislm.report.tables import text_table
 from vislm.report.units import bytes_text, flops_text, milliseconds_text, percent_text, spans_text
 

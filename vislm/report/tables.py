@@ -43,7 +43,7 @@ def markdown_table(rows: Rows, columns: Sequence[str] | None = None) -> str:
 
 
 def metrics_table(results: Mapping[str, Any]) -> str:
-    """Return the metrics of a results dictionary of :func:`vislm.eval.runner.run` for the terminal.
+    """Return the metrics of a results dictionary of :func:`vislm.eval.running.runner.run` for the terminal.
 
     Nested metrics (one group per split) become one row per split; ``per_group`` follows as a second table.
     """

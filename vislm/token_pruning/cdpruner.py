@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.clip_text import load_clip
+from vislm.lmm.choosing.clip_text import load_clip
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.lmm.interventions import ImageView, Positions, PromptStage
-from vislm.lmm.tokens import check_keep, token_count
 
 
 def relevance(patches: Tensor, text: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class CDPruner:
     """Bring relevance to [0, 1] over all crops together, as the official code does over the batch."""
     positions: Positions = "contiguous"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "cdpruner"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.lmm.interventions import Alive, ImageView, Positions, PromptStage, Selection
-from vislm.lmm.tokens import check_keep, token_count
 
 ROWS = 512
 """Rows of the distance matrix that are held at once while the first token is looked for."""
@@ -75,7 +75,7 @@ class DivPrune:
     positions: Positions = "contiguous"
     """The official code cuts the embeddings, so that the survivors are numbered anew."""
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "divprune"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

@@ -13,11 +13,11 @@ from functools import partial
 from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.random_choice import random_tokens
+from vislm.lmm.choosing.ranking import last_row, token_counts, top_counts
+from vislm.lmm.choosing.schedules import keep_for_average
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.lmm.interventions import ImageView, LanguageStage, LanguageView, Positions, PromptStage
-from vislm.lmm.random_choice import random_tokens
-from vislm.lmm.ranking import last_row, token_counts, top_counts
-from vislm.lmm.schedules import keep_for_average
-from vislm.lmm.tokens import check_keep, token_count
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FastV:
     with 32 layers leaves 98. Off: what stays behind the cut. Published tables use either."""
     positions: Positions = "original"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     seed: int = 0
     """Of the random choice with ``layer=0``."""
     name = "fastv"

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.choosing.tokens import check_keep, gather_rows, token_count
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Alive, LanguageStage, LanguageView, Positions, TowerStage, TowerView
-from vislm.lmm.tokens import check_keep, gather_rows, token_count
 
 TYPICAL_RATIO = 0.85
 """Entropy ratio of the CLS attention that the expected cost assumes in all layers."""
@@ -171,7 +171,7 @@ class FlowCut:
     """Let all images of a call drop as many patches as the one that drops most, as the official code does for the
     crops of an image. Off: each crop has its own pace, and a batch gives what its images give alone."""
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "flowcut"
 
     def plan(self, adapter: Adapter) -> Sequence[TowerStage | LanguageStage]:

@@ -19,11 +19,11 @@ from torch.nn.functional import normalize
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.crops import Group, crop_budgets, crop_tokens, packed, packed_features, patch_attention, seated
+from vislm.lmm.choosing.crops import Group, crop_budgets, crop_tokens, packed, packed_features, patch_attention, seated
+from vislm.lmm.choosing.ranking import top
+from vislm.lmm.choosing.tokens import check_keep
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Alive, ImageView, Positions, PromptStage, Selection, TowerSignal
-from vislm.lmm.ranking import top
-from vislm.lmm.tokens import check_keep
 
 NEIGHBOURS = 32
 """Tokens that each kept one absorbs."""
@@ -137,7 +137,7 @@ class PruMerge:
     the picture. Off: in raster order. Either way the extra token is last of its crop."""
     positions: Positions = "contiguous"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "prumerge"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.ranking import last_row, token_counts, top_counts
+from vislm.lmm.choosing.schedules import check_layers, ratio_for_average, scaled_layers
+from vislm.lmm.choosing.tokens import check_keep
 from vislm.lmm.interventions import Alive, LanguageStage, LanguageView, Positions
-from vislm.lmm.ranking import last_row, token_counts, top_counts
-from vislm.lmm.schedules import check_layers, ratio_for_average, scaled_layers
-from vislm.lmm.tokens import check_keep
 
 LAYERS = (8, 16, 24)
 """Tokens are dropped before these layers of 32."""
@@ -40,7 +40,7 @@ class PyramidDrop:
     keep r, r^2, r^3 of the tokens. None: ``ratios`` (the published ones give 270 of 576 in LLaVA-1.5)."""
     positions: Positions = "contiguous"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "pyramiddrop"
 
     def plan(self, adapter: Adapter) -> Sequence[LanguageStage]:

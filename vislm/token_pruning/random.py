@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.random_choice import random_tokens
+from vislm.lmm.choosing.tokens import check_keep
 from vislm.lmm.interventions import ImageView, Positions, PromptStage
-from vislm.lmm.random_choice import random_tokens
-from vislm.lmm.tokens import check_keep
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RandomPruning:
     seed: int = 0
     positions: Positions = "original"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "random"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.lmm.interventions import Alive, ImageView, Intervention, Positions, PromptStage, Selection
-from vislm.lmm.tokens import check_keep, token_count
 
 ROWS = 1024
 """Rows of the correlation matrix that are held at once."""
@@ -73,7 +73,7 @@ class Restore:
     """Share of the budget that ``base`` chooses."""
     positions: Positions = "original"
     calibrate: bool = True
-    """Add the logit calibration (``vislm.lmm.calibration``)."""
+    """Add the logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "restore"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

@@ -17,13 +17,13 @@ from torch import Tensor
 from vislm import kernels
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.clustering import cluster_means, density_peaks
+from vislm.lmm.choosing.clustering import cluster_means, density_peaks
+from vislm.lmm.choosing.ranking import image_columns, sample_call, token_counts, top
+from vislm.lmm.choosing.schedules import attention_layers, stage_counts
+from vislm.lmm.choosing.text_relevance import image_raters
+from vislm.lmm.choosing.tokens import check_keep
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Alive, LanguageSelection, LanguageStage, LanguageView, Positions
-from vislm.lmm.ranking import image_columns, sample_call, token_counts, top
-from vislm.lmm.schedules import attention_layers, stage_counts
-from vislm.lmm.text_relevance import image_raters
-from vislm.lmm.tokens import check_keep
 
 LAYERS = (2, 6, 15)
 """The layers of 32 whose attention ranks."""
@@ -101,7 +101,7 @@ class SparseVLM:
     """With original positions a recycled token sits where its cluster's center was, not behind the kept ones."""
     calibrate: bool = False
     """Add RESTORE's logit calibration which lets recycled tokens weigh like those they stand for
-    (``vislm.lmm.calibration``)."""
+    (``vislm.lmm.decoder.calibration``)."""
     noise_seed: int | None = None
     """Add the official code's noise, 1e-6 U(0, 1), to the densities; there it is drawn anew in every run, which makes
     clusterings into two random. None: ties go to the lower index."""

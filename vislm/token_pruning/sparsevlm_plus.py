@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.choosing.ranking import image_columns, sample_call, token_counts, top
+from vislm.lmm.choosing.schedules import attention_layers, stage_counts
+from vislm.lmm.choosing.text_relevance import image_raters
+from vislm.lmm.choosing.tokens import check_keep, token_count
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Alive, LanguageStage, LanguageView, Positions
-from vislm.lmm.ranking import image_columns, sample_call, token_counts, top
-from vislm.lmm.schedules import attention_layers, stage_counts
-from vislm.lmm.text_relevance import image_raters
-from vislm.lmm.tokens import check_keep, token_count
 
 LAYERS = (2, 6, 15)
 """The layers of 32 whose attention ranks."""
@@ -82,7 +82,7 @@ class SparseVLMPlus:
     """Divide attention by the attention of rotated ones."""
     positions: Positions = "original"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "sparsevlm_plus"
 
     def plan(self, adapter: Adapter) -> Sequence[LanguageStage]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.lmm.interventions import Intervention, Positions, PromptStage, Stage, TowerMergeStage, TowerStage
-from vislm.lmm.tokens import check_keep, token_count
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Staged:
     """Patches that leave the tower, as a multiple of the budget. 1 leaves ``selection`` nothing to do."""
     positions: Positions = "original"
     calibrate: bool = True
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "staged"
 
     def plan(self, adapter: Adapter) -> Sequence[Stage]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.lmm.interventions import ImageView, Positions, PromptStage
-from vislm.lmm.tokens import check_keep, token_count
 
 
 def spread(count: int, total: int) -> Tensor:
@@ -47,7 +47,7 @@ class UniformPruning:
     """Visual tokens per image, or a ratio of them."""
     positions: Positions = "original"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "uniform"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

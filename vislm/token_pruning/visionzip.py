@@ -19,8 +19,7 @@ from torch.nn.functional import normalize
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.crops import (
+from vislm.lmm.choosing.crops import (
     Group,
     check_budget,
     crop_budgets,
@@ -30,8 +29,9 @@ from vislm.lmm.crops import (
     patch_attention,
     seated,
 )
+from vislm.lmm.choosing.ranking import top
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Alive, ImageView, Positions, PromptStage, Selection, TowerSignal
-from vislm.lmm.ranking import top
 
 Kind = Literal["dominant", "cls", "contextual"]
 KINDS: tuple[Kind, ...] = ("dominant", "cls", "contextual")
@@ -115,7 +115,7 @@ class VisionZip:
     """Tokens of each crop whatever their number, in place of ``keep``: the official rule for tiled images."""
     positions: Positions = "contiguous"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "visionzip"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

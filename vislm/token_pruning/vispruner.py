@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.crops import check_budget, crop_budgets, crop_tokens, packed, packed_features, patch_attention
+from vislm.lmm.choosing.crops import check_budget, crop_budgets, crop_tokens, packed, packed_features, patch_attention
+from vislm.lmm.choosing.ranking import top
 from vislm.lmm.interventions import Alive, ImageView, Positions, PromptStage, TowerSignal
-from vislm.lmm.ranking import top
 
 STEP = 8
 """Tokens that one round deletes at most."""
@@ -83,7 +83,7 @@ class VisPruner:
     """Tokens of each crop whatever their number, in place of ``keep``."""
     positions: Positions = "contiguous"
     calibrate: bool = False
-    """Add RESTORE's logit calibration (``vislm.lmm.calibration``)."""
+    """Add RESTORE's logit calibration (``vislm.lmm.decoder.calibration``)."""
     name = "vispruner"
 
     def plan(self, adapter: Adapter) -> Sequence[PromptStage]:

@@ -19,9 +19,9 @@ from vision_folders import SIZE, ade20k, draw, dump, karpathy, labels, save_map
 from vislm.errors import AnnotationError, CheckpointError, ImageError, UnknownName, UsageError
 from vislm.eval.benchmarks import suspicions
 from vislm.eval.checks import check_folder
-from vislm.eval.runner import rescore, run
+from vislm.eval.running.runner import rescore, run
+from vislm.eval.running.subjects import open_subject
 from vislm.eval.specs import open_benchmark
-from vislm.eval.subjects import open_subject
 from vislm.eval.vision import miou
 from vislm.eval.vision.label_maps import packed_map, read_map, unpacked_map
 from vislm.eval.vision.segmentation_models import scaled

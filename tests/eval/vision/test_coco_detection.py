@@ -18,9 +18,9 @@ from vision_folders import SIZE, coco, dump, edit, karpathy
 from vislm.errors import AnnotationError, CheckpointError, UnknownName, UsageError
 from vislm.eval.benchmarks import suspicions
 from vislm.eval.checks import check_folder
-from vislm.eval.runner import rescore, run
+from vislm.eval.running.runner import rescore, run
+from vislm.eval.running.subjects import open_subject
 from vislm.eval.specs import open_benchmark
-from vislm.eval.subjects import open_subject
 from vislm.eval.vision import coco_detection, detector_models
 from vislm.eval.vision.coco_annotations import COCO_IDS
 from vislm.eval.vision.detection_metrics import average_precision

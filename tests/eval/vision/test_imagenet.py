@@ -14,7 +14,7 @@ from vision.class_folders import COLOURS, WNIDS, colour_folders, picture
 from vislm.errors import AnnotationError, UnknownName, UsageError
 from vislm.eval.checks import check_folder
 from vislm.eval.protocol import Asked
-from vislm.eval.runner import rescore, run
+from vislm.eval.running.runner import rescore, run
 from vislm.eval.vision import imagenet
 from vislm.eval.vision.class_lists import imagenet_classes
 from vislm.eval.vision.ground_truth import val_name

@@ -16,9 +16,9 @@ from vision.class_folders import COLOURS, TINY, WNIDS, colour_folders, picture
 
 from vislm.errors import CheckpointError, RunFolderError, UnknownName, UsageError, VislmError
 from vislm.eval.protocol import Asked, Sample
-from vislm.eval.runner import run
-from vislm.eval.store import read_rows
-from vislm.eval.subjects import open_subject
+from vislm.eval.running.runner import run
+from vislm.eval.running.store import read_rows
+from vislm.eval.running.subjects import open_subject
 from vislm.eval.vision import imagenet
 from vislm.eval.vision.class_lists import ClassList, ClassSample, imagenet_classes
 from vislm.eval.vision.classifier import best

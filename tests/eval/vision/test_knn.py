@@ -20,9 +20,9 @@ from vislm.errors import AnnotationError, RunFolderError, UnknownName, UsageErro
 from vislm.eval.checks import check_folder
 from vislm.eval.compare import compare, read_run
 from vislm.eval.protocol import Asked, Sample
-from vislm.eval.runner import run
-from vislm.eval.store import read_rows
-from vislm.eval.subjects import open_subject
+from vislm.eval.running.runner import run
+from vislm.eval.running.store import read_rows
+from vislm.eval.running.subjects import open_subject
 from vislm.eval.vision import knn
 from vislm.eval.vision.features import encode, read_bank
 from vislm.eval.vision.knn_vote import knn_votes, nearest

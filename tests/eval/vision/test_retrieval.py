@@ -17,7 +17,7 @@ from vision_folders import draw, dump, edit, karpathy
 from vislm.errors import AnnotationError, ImageError, RunFolderError, UnknownName, UsageError
 from vislm.eval.benchmarks import suspicions
 from vislm.eval.checks import check_folder
-from vislm.eval.runner import rescore, run
+from vislm.eval.running.runner import rescore, run
 from vislm.eval.specs import open_benchmark
 from vislm.eval.vision import retrieval
 from vislm.eval.vision.embeddings import packed, unpacked
@@ -292,7 +292,7 @@ def tiny_clip(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_an_open_clip_model(tiny_clip, tmp_path) -> None:
-    from vislm.eval.subjects import open_subject
+    from vislm.eval.running.subjects import open_subject
 
     task = open_benchmark("retrieval", plain(tmp_path))
     results = {}

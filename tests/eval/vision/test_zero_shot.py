@@ -15,8 +15,8 @@ from vision.class_folders import COLOURS, WNIDS, colour_folders, picture, tiny_c
 
 from vislm.errors import AnnotationError, CheckpointError, UnknownName, UsageError
 from vislm.eval.protocol import Asked
-from vislm.eval.runner import run
-from vislm.eval.subjects import open_subject
+from vislm.eval.running.runner import run
+from vislm.eval.running.subjects import open_subject
 from vislm.eval.vision import zero_shot
 from vislm.eval.vision.class_lists import ClassList, imagenet_classes
 from vislm.eval.vision.open_clip_model import open_clip_model

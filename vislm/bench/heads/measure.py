@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vislm.bench.heads.cases import Case
 from vislm.bench.pruning.model import Subject
-from vislm.lmm.measuring import memory_growth
+from vislm.lmm.cost.measuring import memory_growth
 from vislm.lmm.run import clock
 from vislm.lmm.session import attach
 

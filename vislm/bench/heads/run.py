@@ -21,7 +21,7 @@ from vislm.bench.kernels.run import machine
 from vislm.bench.pruning.model import ONE_CROP, SHAPE, TEXT_TOKENS, Subject, build
 from vislm.errors import UsageError
 from vislm.files import atomic_write
-from vislm.lmm.cost import DecoderShape
+from vislm.lmm.cost.flops import DecoderShape
 from vislm.report.tables import text_table
 
 

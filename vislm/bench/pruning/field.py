@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vislm.bench.pruning.model import Subject
+from vislm.lmm.choosing.tokens import token_count
 from vislm.lmm.hooks import Hooks, named_arguments
-from vislm.lmm.tokens import token_count
 
 LAYER = 2
 """Tokens are dropped before this decoder layer."""

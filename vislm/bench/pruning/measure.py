@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from vislm.bench.pruning.cases import Measured, bare_seconds, call, short_prompt_seconds
 from vislm.bench.pruning.field import field_seconds, map_bytes
 from vislm.bench.pruning.model import Subject
+from vislm.lmm.cost.measuring import memory_growth
 from vislm.lmm.interventions import Intervention
-from vislm.lmm.measuring import memory_growth
 
 Rounds = list[list[Measured]]
 """For every call of a group its timed rounds."""

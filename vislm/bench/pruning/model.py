@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters import Adapter, adapter_for
-from vislm.lmm.image_layout import ImageLayout, default_processor, published_config
+from vislm.lmm.prompt.image_layout import ImageLayout, default_processor, published_config
 
 SHAPE = "llava-onevision-0.5b"
 ONE_CROP = 729

@@ -22,8 +22,8 @@ from vislm.bench.pruning.rows import TARGETS, Row
 from vislm.demo.true_shape import fast_dtype
 from vislm.errors import UsageError
 from vislm.files import atomic_write
-from vislm.lmm.cost import DecoderShape
-from vislm.lmm.tokens import token_count
+from vislm.lmm.choosing.tokens import token_count
+from vislm.lmm.cost.flops import DecoderShape
 from vislm.report.tables import text_table
 from vislm.report.units import bytes_text
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vislm.errors import ImageError, UsageError
-from vislm.eval.likelihood import Forced
 from vislm.eval.plugins.requests import Generation, Question, in_batches
+from vislm.eval.running.likelihood import Forced
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vislm.errors import RunFolderError, UnknownName, UsageError
 from vislm.eval.protocol import Asked
-from vislm.eval.store import RESULTS, ROWS, RUN, differing, read_json
+from vislm.eval.running.store import RESULTS, ROWS, RUN, differing, read_json
 from vislm.eval.vision.knn import FeatureSample, QuerySample, Votes
 from vislm.eval.vision.knn_vote import knn_votes
 from vislm.eval.vision.timm_model import TimmModel, timm_model

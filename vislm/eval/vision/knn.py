@@ -18,7 +18,7 @@ from typing import Any, Literal
 from vislm.errors import AnnotationError, UsageError
 from vislm.eval.protocol import Benchmark, Control, Row, Rows, Sample, Verdict
 from vislm.eval.reading import find_folder
-from vislm.eval.store import RESULTS, read_json
+from vislm.eval.running.store import RESULTS, read_json
 from vislm.eval.vision.class_lists import ClassList
 from vislm.eval.vision.image_folder import Labelled
 from vislm.eval.vision.imagenet import TOP_FIGURES, top_metrics, top_verdict

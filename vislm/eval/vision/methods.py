@@ -10,7 +10,7 @@ from torch import nn
 from vislm import registry
 from vislm.backbones.replacing_towers import tower_of
 from vislm.errors import UsageError
-from vislm.lmm.tokens import check_keep, token_count
+from vislm.lmm.choosing.tokens import check_keep, token_count
 from vislm.token_pruning.tome import DEFAULT_KEEP, Merging, ToMe, merging
 from vislm.token_pruning.tome.schedule import schedule_to_keep
 

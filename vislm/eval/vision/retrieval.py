@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vislm.errors import AnnotationError, UsageError
-from vislm.eval import coco_captions
-from vislm.eval.coco_captions import Captioned
+from vislm.eval.captions import coco_captions
+from vislm.eval.captions.coco_captions import Captioned
 from vislm.eval.protocol import Benchmark, Control, Figure, Row, Rows, Sample, Verdict
 from vislm.eval.reading import find_optional
 from vislm.eval.vision.embeddings import stacked, unpacked

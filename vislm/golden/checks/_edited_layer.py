@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vislm.golden.fixtures import Fixture
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
+from vislm.lmm.decoder.key_groups import KeyGroups
 from vislm.lmm.interventions import EditView
-from vislm.lmm.key_groups import KeyGroups
 
 
 def edited_layer(fixture: Fixture, phase: str, edit: Callable[[EditView], Tensor | None]) -> tuple[Tensor, Tensor]:

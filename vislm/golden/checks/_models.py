@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vislm.golden.fixtures import Fixture
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Intervention, LanguageStage, TowerStage
 from vislm.lmm.run import Run
 from vislm.lmm.session import attach

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vislm.eval.amber_scores import discriminative
+from vislm.eval.questions.amber_scores import discriminative
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, exact
 
 SECTIONS = {

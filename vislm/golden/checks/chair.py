@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vislm.eval.chair_scores import CaptionScore, overall, read_object_table, score_caption
-from vislm.eval.singularize import singularize
-from vislm.eval.vocabulary import coco_vocabulary
+from vislm.eval.captions.chair_scores import CaptionScore, overall, read_object_table, score_caption
+from vislm.eval.captions.singularize import singularize
+from vislm.eval.captions.vocabulary import coco_vocabulary
 from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, exact
 
 OVERALL = {"CHAIRs": "CHAIR_s", "CHAIRi": "CHAIR_i", "Recall": "Recall", "mean_tokens": "Length"}

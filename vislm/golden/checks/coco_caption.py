@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from vislm.errors import UsageError
-from vislm.eval import caption_metrics
-from vislm.eval.caption_extras import EXTRAS, extra_score, unavailable
-from vislm.eval.caption_tokens import tokenise
+from vislm.eval.captions import caption_metrics
+from vislm.eval.captions.caption_extras import EXTRAS, extra_score, unavailable
+from vislm.eval.captions.caption_tokens import tokenise
 from vislm.golden.fixtures import Comparison, Fixture, Skipped, Unhandled, exact
 
 TOLERANCE = 1e-6

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vislm.golden.fixtures import Comparison, Fixture, exact, relative
-from vislm.lmm.tokens import token_count
+from vislm.lmm.choosing.tokens import token_count
 from vislm.token_pruning import divprune
 
 

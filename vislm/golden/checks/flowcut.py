@@ -15,11 +15,11 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from vislm.golden.checks._models import Recorded, clip_tower, prefill_llama
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, difference, exact, relative
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import NAME
+from vislm.lmm.decoder.attention import NAME
 from vislm.lmm.hooks import Hooks
 from vislm.lmm.interventions import Intervention, TowerStage, TowerView
-from vislm.lmm.packed_tower import PackedTowerPart
 from vislm.lmm.session import attach
+from vislm.lmm.tower.packed import PackedTowerPart
 from vislm.token_pruning import flowcut
 from vislm.token_pruning.flowcut import Flow, FlowCut
 

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vislm.golden.checks._complete import compared
 from vislm.golden.fixtures import Comparison, Fixture, Skipped, difference, exact
 from vislm.heads import imbalanced
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.decoder.attention import AttentionCall
 
 
 def check(fixture: Fixture) -> Iterator[Comparison | Skipped]:

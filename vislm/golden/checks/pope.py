@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from vislm.eval.pope_answers import metrics, parse
-from vislm.eval.pope_build import build, statistics
-from vislm.eval.pope_questions import SPLITS, TEMPLATE
+from vislm.eval.questions.pope_answers import metrics, parse
+from vislm.eval.questions.pope_build import build, statistics
+from vislm.eval.questions.pope_questions import SPLITS, TEMPLATE
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, exact
 
 FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, exact, relative
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.choosing.ranking import top
+from vislm.lmm.choosing.text_relevance import choose_raters, rater_scores
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import LanguageSelection, LanguageView
-from vislm.lmm.ranking import top
-from vislm.lmm.text_relevance import choose_raters, rater_scores
 from vislm.token_pruning import sparsevlm, sparsevlm_plus
 from vislm.token_pruning.sparsevlm import SparseVLM
 

@@ -25,7 +25,7 @@ from vislm.golden.checks._models import TEXT_KEYS
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, difference, exact, relative
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.adapters.llava import Grid
-from vislm.lmm.attention import NAME, AttentionCall
+from vislm.lmm.decoder.attention import NAME, AttentionCall
 from vislm.lmm.hooks import Hooks
 from vislm.lmm.interventions import ImageView, LanguageStage, PromptStage
 from vislm.lmm.session import attach

@@ -8,7 +8,7 @@ import torch
 
 from vislm.golden.checks._encoding import encode
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, exact, relative
-from vislm.lmm.ranking import top
+from vislm.lmm.choosing.ranking import top
 from vislm.token_pruning.visionzip import VisionZip
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vislm.eval import mme
-from vislm.eval.choice_answers import scienceqa_answer
-from vislm.eval.vqa_answers import contractions, normalise, vqa_score
+from vislm.eval.questions import mme
+from vislm.eval.questions.choice_answers import scienceqa_answer
+from vislm.eval.questions.vqa_answers import contractions, normalise, vqa_score
 from vislm.golden.fixtures import Comparison, Fixture, Unhandled, exact
 
 LETTERS = "ABCDE"

@@ -19,8 +19,8 @@ from vislm.errors import PlanConflict, UsageError
 from vislm.heads.carve.regions import Box, Keep, bounding_box, choose_regions, contrast, enlarge, refine
 from vislm.images import load_image
 from vislm.lmm.adapters import Adapter
+from vislm.lmm.choosing.layer_ranges import chosen_layers
 from vislm.lmm.interventions import EditStage, EditView
-from vislm.lmm.layer_ranges import chosen_layers
 
 if TYPE_CHECKING:
     from vislm.lmm.model import LMM, ImageSource

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vislm.errors import PlanConflict
-from vislm.lmm.cost import TowerShape
-from vislm.lmm.positions import text_row
-from vislm.lmm.tokens import in_order_of_appearance, number_images
+from vislm.lmm.choosing.tokens import in_order_of_appearance, number_images
+from vislm.lmm.cost.flops import TowerShape
+from vislm.lmm.prompt.positions import text_row
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Modality -> argument with its raw pixels."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vislm.lmm.adapters.base import Adapter, Grid
-from vislm.lmm.cost import TowerShape
-from vislm.lmm.tokens import check_lengths
+from vislm.lmm.choosing.tokens import check_lengths
+from vislm.lmm.cost.flops import TowerShape
 
 
 class Idefics3Adapter(Adapter):

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vislm.lmm.adapters.base import Adapter, Grid
-from vislm.lmm.cost import TowerShape
-from vislm.lmm.tokens import check_lengths, number_images
+from vislm.lmm.choosing.tokens import check_lengths, number_images
+from vislm.lmm.cost.flops import TowerShape
 
 
 class InternVLAdapter(Adapter):

@@ -14,7 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vislm.errors import PlanConflict
 from vislm.lmm.adapters.qwen2_vl import Qwen2VLAdapter
-from vislm.lmm.cost import TowerShape
+from vislm.lmm.cost.flops import TowerShape
 
 
 class Qwen25VLAdapter(Qwen2VLAdapter):

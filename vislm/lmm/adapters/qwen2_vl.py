@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vislm.errors import UsageError
 from vislm.lmm.adapters.base import Adapter
-from vislm.lmm.cost import TowerShape
+from vislm.lmm.cost.flops import TowerShape
 
 
 class Qwen2VLAdapter(Adapter):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vislm.lmm.adapters.qwen2_vl import Qwen2VLAdapter
-from vislm.lmm.cost import TowerShape
+from vislm.lmm.cost.flops import TowerShape
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):

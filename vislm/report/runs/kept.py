@@ -16,7 +16,7 @@ def veil(kept: Any, size: tuple[int, int]) -> Image.Image | None:
     """Return a picture of (width, height) ``size``, clear where a token is left and whitish elsewhere.
 
     Args:
-        kept: one picture's entry of a row's "kept" (``vislm.eval.kept_tokens``).
+        kept: one picture's entry of a row's "kept" (``vislm.eval.running.kept_tokens``).
         size: of the thumbnail.
 
     Returns:

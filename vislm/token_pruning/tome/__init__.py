@@ -16,9 +16,9 @@ from functools import partial
 from vislm.errors import UsageError
 from vislm.kernels.matching import Matching, bipartite_soft_matching
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.attention import AttentionCall
+from vislm.lmm.choosing.tokens import check_keep, token_count
+from vislm.lmm.decoder.attention import AttentionCall
 from vislm.lmm.interventions import Alive, Positions, TowerMergeStage
-from vislm.lmm.tokens import check_keep, token_count
 from vislm.token_pruning.tome.schedule import merge_schedule, schedule_to_keep, sizes_behind
 from vislm.token_pruning.tome.vit import Merging, merging
 
@@ -56,7 +56,7 @@ class ToMe:
     """There is no official code for language models; a prompt assembled from the survivors is numbered anew."""
     calibrate: bool = False
     """Add RESTORE's logit calibration, which lets a token that stands for s patches weigh like s tokens in the language
-    model too (``vislm.lmm.calibration``)."""
+    model too (``vislm.lmm.decoder.calibration``)."""
     name = "tome"
 
     def plan(self, adapter: Adapter) -> Sequence[TowerMergeStage]:

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from vislm.errors import PlanConflict, UsageError
 from vislm.lmm.adapters import Adapter
-from vislm.lmm.calibration import calibration_stage
+from vislm.lmm.choosing.ranking import image_columns
+from vislm.lmm.choosing.tokens import check_keep
+from vislm.lmm.decoder.calibration import calibration_stage
 from vislm.lmm.interventions import (
     Alive,
     BiasStage,
@@ -32,8 +34,6 @@ from vislm.lmm.interventions import (
     Selection,
     TowerSignal,
 )
-from vislm.lmm.ranking import image_columns
-from vislm.lmm.tokens import check_keep
 from vislm.token_pruning.vflowopt.map import Pixels, context, grey_levels, importance, patch_entropy
 from vislm.token_pruning.vflowopt.recycling import (
     cell_numbers,
@@ -87,7 +87,7 @@ class VFlowOpt:
     """Of what stages 2 and 3 leave."""
     calibrate: bool = False
     """Add RESTORE's logit calibration, which lets merged tokens weigh like those they stand for
-    (``vislm.lmm.calibration``)."""
+    (``vislm.lmm.decoder.calibration``)."""
     unmasked_layer: bool = False
     """For tests: let layer k2 - 1 attend in both directions, as it does in every released SDPA run."""
     name = "vflowopt"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vislm import kernels
 from vislm.errors import UsageError
-from vislm.lmm.attention import AttentionCall
-from vislm.lmm.tokens import compact, gather_rows
+from vislm.lmm.choosing.tokens import compact, gather_rows
+from vislm.lmm.decoder.attention import AttentionCall
 
 Pixels = Literal["auto", "clip", "siglip", "imagenet", "unit", "wrapped"]
 """How the processor has normalised the pixels; "unit": to 0..1; "wrapped": the official arithmetic on them as they

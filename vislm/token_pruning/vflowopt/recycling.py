@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vislm.lmm.choosing.ranking import top
 from vislm.lmm.interventions import Selection
-from vislm.lmm.ranking import top
 
 SMALLEST_WEIGHT = 1e-8
 """Merge weights are at least this, because the importance can be negative when alpha is."""

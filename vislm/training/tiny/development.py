@@ -12,7 +12,7 @@ from vislm.data.scene_categories import CATEGORIES
 from vislm.data.scene_types import Scene
 from vislm.data.scenes import co_occurrence, generate_scenes
 from vislm.data.turns import colour_turn, count_turn, position_turn, singletons
-from vislm.eval.pope_answers import auroc
+from vislm.eval.questions.pope_answers import auroc
 from vislm.training.tiny.packing import pack, packed_logits
 from vislm.training.tiny.pixels import to_pixels
 from vislm.training.tiny.samples import Weighted, all_presence

@@ -1,0 +1,1 @@
+"""Benchmarks of captions: hallucinated objects, n-gram metrics."""

@@ -1,0 +1,1 @@
+"""Benchmarks of questions for LMMs, and how their answers are read."""

@@ -1,0 +1,1 @@
+"""Running a benchmark: pictures ahead, models, one row per sample, resuming, many processes."""

@@ -1,0 +1,1 @@
+"""What pruning methods share when they choose tokens."""

@@ -1,0 +1,1 @@
+"""What a run costs: FLOPs, bytes and times, expected and measured."""

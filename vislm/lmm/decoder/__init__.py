@@ -1,0 +1,1 @@
+"""Acting inside the language model: dropping tokens, editing attention rows, scaling heads."""

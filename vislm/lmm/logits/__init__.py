@@ -1,0 +1,1 @@
+"""Acting on next-token logits: contrast streams, beam search, drafts."""

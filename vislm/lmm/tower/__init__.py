@@ -1,0 +1,1 @@
+"""Pruning and merging inside the vision tower, and what is recorded of it."""
