@@ -28,6 +28,7 @@ from vislm.data.scenes import write_scenes
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.captions.vocabulary import vocabulary_of
 from vislm.eval.compare import Comparison, compare, figure_interval, read_run
+from vislm.eval.effects import effect
 from vislm.eval.protocol import Asked
 from vislm.eval.running.runner import run
 from vislm.heads.carve import carve
@@ -138,8 +139,10 @@ def row(folder: Path, method: str, setting: str) -> dict[str, Any]:
     accuracy = next(f for f in pope.figures if f.name == "accuracy")
     found["accuracy"] = str(figure_interval(pope, accuracy))
     found["difference"] = signed(against.get("accuracy"))
-    found["yes"] = f"{pope.results['metrics']['mean']['yes_ratio']:.3f}"
-    found["AUROC"] = f"{pope.results['metrics']['mean']['auroc']:.4f}" if "auroc" in against or not method else ""
+    mean = pope.results["metrics"]["mean"]
+    found["yes"] = f"{mean['yes_ratio']:.3f}"
+    without = f" without {mean['n_without_margin']} answers" if "n_without_margin" in mean else ""
+    found["AUROC"] = f"{mean['auroc']:.4f}{without}" if "auroc" in mean else ""
     found["its difference"] = signed(against.get("auroc"), 4)
     captions = folder / (method or "greedy") / "chair"
     if (captions / "results.json").is_file():
@@ -149,35 +152,10 @@ def row(folder: Path, method: str, setting: str) -> dict[str, Any]:
         found["length"] = f"{m['Length']:.1f}"
         said = {c.figure.name: c for c in compare(chair, read_run(folder / "greedy" / "chair"))} if method else {}
         found["CHAIR_i difference"] = signed(said.get("CHAIR_i"))
-        found["effect"] = effect(against, said) if method else ""
+        found["effect"] = str(effect(against, said)) if method else ""
     else:
-        found["effect"] = effect(against, {})
+        found["effect"] = str(effect(against, {}))
     return found
-
-
-def effect(pope: dict[str, Comparison], chair: dict[str, Comparison]) -> str:
-    """Say what a method did: a difference counts where its 95 % interval leaves out zero."""
-
-    def sign(found: dict[str, Comparison], name: str) -> int:
-        d = found[name].difference if name in found else None
-        return 0 if d is None else (d.low > 0) - (d.high < 0)
-
-    accuracy, auroc = sign(pope, "accuracy"), sign(pope, "auroc")
-    words = []
-    if accuracy > 0:
-        words.append("answers: helps" if auroc > 0 else "answers: shifts the threshold")
-    elif accuracy < 0:
-        words.append("answers: hurts" if auroc < 0 else "answers: shifts the threshold for the worse")
-    elif auroc:
-        words.append(f"answers: {'better' if auroc > 0 else 'worse'} ranked, accuracy not changed")
-    hallucinated, recall, length = (sign(chair, name) for name in ("CHAIR_i", "Recall", "Length"))
-    if hallucinated < 0:
-        words.append("captions: says less" if recall < 0 or length < 0 else "captions: helps")
-    elif hallucinated > 0:
-        words.append("captions: hurts" if recall <= 0 else "captions: says more, right and wrong")
-    elif recall:
-        words.append(f"captions: names {'more' if recall > 0 else 'fewer'} objects")
-    return "; ".join(words) or "no difference beyond chance"
 
 
 def signed(found: Comparison | None, digits: int = 3) -> str:

@@ -27,12 +27,34 @@ def test_a_whole_run_of_questions(tmp_path) -> None:
     canned = Canned({"3": "Yes.", "4": "no", "5": "Yes", "6": "No", "7": "maybe"})
     results = run(task, canned, tmp_path / "out")
     metrics = results["metrics"]
-    assert metrics["all"] == {"accuracy": 60.0, "precision": 100.0, "recall": 66.6, "f1": 79.9}
-    assert metrics["existence"] == {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+    official = {"accuracy": 60.0, "precision": 100.0, "recall": 66.6, "f1": 79.9}
+    assert metrics["all"] == {**official, "yes_ratio": 40.0}
+    assert metrics["existence"] == {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_ratio": 100.0}
     assert metrics["state"]["accuracy"] == 100.0
     assert (metrics["n_normalised"], metrics["n_unparsed"], metrics["n"]) == (2, 1, 5)
     assert "number" not in metrics
     assert canned.prompts["3"].startswith("Is it 0?\nAnswer the question")
+
+
+def margins(**of: float | None) -> dict[str, dict]:
+    """Rows of the five questions, all answered No, with the logits that are given."""
+    return {
+        i: {"id": i, "text": "No", **({} if m is None else {"candidates": {"yes": m, "no": 0.0}})}
+        for i, m in ((key.removeprefix("q"), m) for key, m in of.items())
+    }
+
+
+def test_logits_rank_the_questions(tmp_path) -> None:
+    task = amber.load(folder(tmp_path))  # yes is right for 3 and 7, no for 4, 5 and 6
+    metrics = task.aggregate(margins(q3=-1.0, q4=-3.0, q5=-0.5, q6=-2.0, q7=-0.2))
+    assert (metrics["all"]["yes_ratio"], metrics["all"]["auroc"]) == (0.0, 83.33)
+    assert metrics["state"]["auroc"] == metrics["attribute"]["auroc"] == 100.0
+    assert "warnings" not in metrics
+    partly = task.aggregate(margins(q3=-1.0, q4=-3.0, q5=-0.5, q6=None, q7=None))
+    assert (partly["all"]["auroc"], partly["all"]["n_without_margin"]) == (50.0, 2)
+    assert "auroc" not in partly["relation"]
+    assert partly["warnings"] == ["auroc is over 3 of 5 answers, those with the logits of yes and no"]
+    assert {k: partly["all"][k] for k in ("accuracy", "f1")} == {k: metrics["all"][k] for k in ("accuracy", "f1")}
 
 
 def test_exact_answers_only(tmp_path) -> None:
@@ -74,7 +96,9 @@ def test_descriptions(tmp_path) -> None:
     asked = {"3": "Yes", "4": "No", "5": "No", "6": "No", "7": "Yes"}
     results = run(task, Canned({**told, **asked}), tmp_path / "out")
     figures = results["metrics"]["generative"]
-    assert figures == {"CHAIR": 33.3, "Cover": 100.0, "Hal": 100.0, "Cog": 33.3}
+    assert figures == {"CHAIR": 33.3, "Cover": 100.0, "Hal": 100.0, "Cog": 33.3, "Length": 3.5}
+    assert {"Length", "yes_ratio", "auroc"} <= {figure["name"] for figure in results["figures"]}
+    assert task.parse({"id": "1", "text": told["1"]}).values["length"] == 5
     assert results["metrics"]["AMBER"] == pytest.approx((100 - 33.3 + results["metrics"]["all"]["f1"]) / 2)
     assert task.max_new_tokens == 512
     assert task.protocol["vectors"] == "similarity="

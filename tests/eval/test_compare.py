@@ -15,7 +15,8 @@ from vislm.errors import RunFolderError, UsageError
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.compare import compare, figure_interval, read_run, unlike
 from vislm.eval.compare_tables import labels, sweep_rows
-from vislm.eval.questions.pope_answers import auroc
+from vislm.eval.effects import notes
+from vislm.eval.questions.yes_no import auroc
 from vislm.eval.running.runner import run
 from vislm.eval.uncertainty import standard_error
 
@@ -129,12 +130,54 @@ def test_a_sweep_names_what_varies(runs, tmp_path) -> None:
     assert labels([records[0], records[0]])[0].startswith("all tokens (")
 
 
+def test_figures_over_fewer_samples_say_so(runs, tmp_path) -> None:
+    shutil.copytree(runs["good"], tmp_path / "partly")
+    path = tmp_path / "partly" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:5]:
+        del row["values"]["margin"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = read_run(tmp_path / "partly")
+    n = sum(len(row["parts"]) for row in rows[5:])
+    whole, partly = sweep_rows([read_run(runs["good"]), record], resamples=100)
+    assert str(partly["auroc"]).endswith(f", n = {n}")
+    assert "n =" not in str(whole) + str(partly["accuracy"])
+    found = {(c.part, c.figure.name): c for c in compare(record, record, resamples=100)}
+    assert found["all", "auroc"].n == n < found["all", "accuracy"].n
+    (note,) = notes(list(found.values()))
+    assert note.startswith(f"AUROC is over {n} of the {found['all', 'accuracy'].n} samples")
+
+
+def test_the_command_notes_what_shows_no_gain(runs, tmp_path) -> None:
+    app = typer.Typer()
+    app.command()(command)
+    shutil.copytree(runs["good"], tmp_path / "eager")
+    path = tmp_path / "eager" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:  # always yes; the logits are those of the other run
+        row["values"]["answer"], row["score"] = 1.0, row["values"]["label"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = CliRunner().invoke(app, [str(tmp_path / "eager"), str(runs["good"]), "--resamples", "100"])
+    assert shown.exit_code == 0
+    found = [line for line in shown.stdout.splitlines() if line.startswith("Note: ")]
+    assert [line[6:30] for line in found] == ["B has the higher accurac", "The share of yes moves b"]
+    shutil.copytree(runs["captions"], tmp_path / "short")
+    path = tmp_path / "short" / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["values"]["length"] *= 0.5
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = CliRunner().invoke(app, [str(tmp_path / "short"), str(runs["captions"]), "--resamples", "100"])
+    assert "Note: A's descriptions are 50 % shorter" in shown.stdout
+
+
 def test_the_command(runs) -> None:
     app = typer.Typer()
     app.command()(command)
     shown = CliRunner().invoke(app, [str(runs["good"]), str(runs["bad"]), "--resamples", "100"])
     assert shown.exit_code == 0
     assert all(word in shown.stdout for word in ("adversarial", "auroc", "McNemar p", "error_rate"))
+    assert "Note:" not in shown.stdout  # better answers, better ranked, as often yes
     shown = CliRunner().invoke(app, ["--sweep", "--markdown", str(runs["good"]), "--resamples", "100"])
     assert shown.stdout.startswith("| run | accuracy |")
     failed = CliRunner().invoke(app, [str(runs["good"])])

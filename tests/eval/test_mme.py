@@ -37,6 +37,24 @@ def test_a_whole_run(tmp_path) -> None:
     assert len({s.cluster for s in task.samples}) == 5
 
 
+def test_yes_ratio_and_auroc(tmp_path) -> None:
+    task = mme.load(folder(tmp_path))
+    rows = {s.id: {"id": s.id, "text": "Yes" if n < 4 else "No"} for n, s in enumerate(task.samples)}
+    plain = task.aggregate(rows)
+    assert plain["yes_ratio"] == 0.4
+    assert "auroc" not in plain
+    for n, (i, row) in enumerate(rows.items()):
+        row["candidates"] = {"yes": float(task.parse({"id": i, "text": "Yes"}).score == 1.0) - (n == 0), "no": 0.0}
+    ranked = task.aggregate(rows)
+    assert ranked["auroc"] == 0.9  # one of five yes questions ties with the no questions
+    assert task.parse(rows[task.samples[1].id]).values == {"label": 0.0, "answer": 1.0, "margin": 0.0}
+    del rows[task.samples[2].id]["candidates"]
+    partly = task.aggregate(rows)
+    assert partly["n_without_margin"] == 1
+    assert any("auroc is over 9 of 10 answers" in text for text in partly["warnings"])
+    assert {k: partly[k] for k in plain if k != "warnings"} == {k: plain[k] for k in plain if k != "warnings"}
+
+
 def test_prompts(tmp_path) -> None:
     official = mme.load(folder(tmp_path), prompt="official")
     assert official.samples[0].prompt == "Is it 000? Please answer yes or no."

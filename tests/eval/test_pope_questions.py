@@ -179,6 +179,10 @@ def test_metrics_follow_from_the_counts(rows) -> None:
 
 
 def test_dropped_answers_shrink_n() -> None:
+    ranked = pope_answers.metrics(["yes", "no", "no"], ["yes", "dropped", "no"], [1.0, 5.0, 0.0])
+    assert ranked["auroc"] == 1.0  # over the answers that count, as the accuracy
+    alike = pope_answers.metrics(["yes", "yes"], ["yes", "yes"], [1.0, 5.0])
+    assert alike["warnings"] == ["auroc is 0.5 because all its questions have the same right answer"]
     result = pope_answers.metrics(["yes", "no", "yes"], ["yes", "dropped", "wrong"])
     assert (result["n"], result["n_unparsed"], result["accuracy"]) == (2, 2, 0.5)
 

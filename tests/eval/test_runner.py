@@ -14,6 +14,7 @@ from answerer import Oracle
 from vislm.errors import AnnotationError, ImageError, RunFolderError, UnknownName, UsageError, VislmError
 from vislm.eval.benchmarks import load_benchmark
 from vislm.eval.protocol import Benchmark, Control, Sample, Verdict
+from vislm.eval.questions.yes_no import auroc
 from vislm.eval.running.runner import rescore, run
 from vislm.eval.running.store import open_folder
 
@@ -239,6 +240,32 @@ def test_answers_without_logits_have_no_auroc(scenes, pope, tmp_path) -> None:
     result = pope.aggregate({r["id"]: {"text": r["text"]} for r in rows})
     assert "auroc" not in result["mean"]
     assert result["mean"]["accuracy"] == run(pope, Oracle.of_folder(scenes), tmp_path)["metrics"]["mean"]["accuracy"]
+
+
+def test_a_row_without_logits_does_not_take_the_auroc_away(scenes, pope, tmp_path) -> None:
+    whole = run(pope, Oracle.of_folder(scenes), tmp_path)["metrics"]
+    rows = {r["id"]: r for r in map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())}
+    bare = next(i for i, r in rows.items() if r["parts"] == ["popular"])
+    del rows[bare]["candidates"]
+    partly = pope.aggregate(rows)
+    assert partly["random"] == whole["random"]
+    left = [r for i, r in rows.items() if i != bare and "popular" in r["parts"]]
+    expected = auroc([r["truth"] == "yes" for r in left], [r["values"]["margin"] for r in left])
+    assert partly["popular"]["auroc"] == pytest.approx(expected)
+    assert partly["popular"]["n_without_margin"] == 1
+    text = f"auroc is over {len(left)} of {len(left) + 1} answers, those with the logits of yes and no"
+    assert partly["popular"].pop("warnings") == [text]
+    assert {k: v for k, v in partly["popular"].items() if k not in ("auroc", "n_without_margin")} == {
+        k: v for k, v in whole["popular"].items() if k != "auroc"
+    }
+    assert partly["mean"]["n_without_margin"] == 1
+    assert partly["mean"]["warnings"] == ["auroc leaves out answers without the logits of yes and no: 1 in popular"]
+    for row in rows.values():
+        if "popular" in row["parts"]:
+            row["candidates"] = {}
+    none = pope.aggregate(rows)["mean"]
+    assert "auroc" not in none
+    assert none["warnings"] == ["no auroc: no answer of popular has the logits of yes and no"]
 
 
 def test_nothing_is_drawn_where_there_is_no_terminal(scenes, pope, tmp_path, capfd) -> None:

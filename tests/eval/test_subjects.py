@@ -111,3 +111,14 @@ def test_the_fingerprint_changes_with_the_preprocessing(lmm) -> None:
     finally:
         processor.image_mean = mean
     assert LmmSubject(lmm).fingerprint()["preprocessing"] == before
+
+
+@pytest.mark.parametrize("arguments", [["list", "models"], ["eval", "--help"]])
+def test_the_command_line_says_how_vision_models_are_named(arguments) -> None:
+    from typer.testing import CliRunner
+
+    from vislm.cli import app
+
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert all(form in shown.output for form in ("NAME@FILE.safetensors", "NAME@pretrained", "NAME@random"))

@@ -107,6 +107,44 @@ def test_differences_are_those_of_compare_and_flips_come_first(pair, tmp_path) -
     assert 2 <= sum(flipped) <= 4
 
 
+YES_NO = {
+    "figures": [
+        ACCURACY,
+        {"name": "yes_ratio", "kind": "mean", "columns": ["answer"], "better": "neither"},
+        {"name": "auroc", "kind": "auroc", "columns": ["label", "margin"], "better": "higher"},
+    ]
+}
+
+
+def test_a_shift_of_the_threshold_is_noted(tmp_path) -> None:
+    a = write_run(tmp_path / "a", rows(), results=YES_NO)
+    eager = rows(range(0, N, 2))  # yes to everything, as well ranked as before
+    for answer in eager:
+        answer["values"]["margin"] = 1.0 + answer["values"]["label"]
+    b = write_run(tmp_path / "b", eager, results=YES_NO)
+    page, markdown, latex = report(a, b, out=tmp_path / "out")
+    for words in (
+        "A has the higher accuracy (+0.500), but not the higher AUROC (+0.000): the runs differ in the threshold",
+        "The share of yes moves by 50.0 points (A 0.500, B 1.000), more than 10: accuracy alone shows no gain.",
+    ):
+        assert words in markdown
+        assert words in page
+        assert words in latex
+    better = write_run(tmp_path / "c", rows(range(0, N, 6)), results=YES_NO)
+    assert "threshold" not in "".join(report(a, better, out=tmp_path / "other")[1:])
+
+
+def test_an_auroc_over_fewer_samples_says_so(tmp_path) -> None:
+    partly = rows({0, 5})
+    for answer in partly[8:]:
+        del answer["values"]["margin"]
+    markdown = report(write_run(tmp_path / "a", partly, results=YES_NO), out=tmp_path / "out")[1]
+    assert "], n = 8 |" in markdown
+    assert (markdown.count(", n = 8 |"), markdown.count(", n = 4 |")) == (2, 2)  # results and parts
+    whole = report(write_run(tmp_path / "b", rows({0, 5}), results=YES_NO), out=tmp_path / "whole")[1]
+    assert "n = " not in whole
+
+
 def test_wrong_samples_come_first_and_right_ones_are_shown_too(tmp_path) -> None:
     run = write_run(tmp_path / "run", rows(set(range(0, N, 2))))
     page = Page(report(run, out=tmp_path / "out", samples=8)[0])

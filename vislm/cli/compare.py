@@ -21,6 +21,7 @@ def compare(
     from vislm.eval import compare_tables as tables
     from vislm.eval.compare import compare as compared
     from vislm.eval.compare import read_run, unlike
+    from vislm.eval.effects import notes
     from vislm.report.tables import markdown_table, text_table
 
     table = markdown_table if markdown else text_table
@@ -36,3 +37,5 @@ def compare(
     same = "A and B are the same model with the same methods"
     typer.echo(table(tables.config_rows(a, b, fields)) if fields else same)
     typer.echo(f"\n{table(tables.difference_rows(found))}\n\n{table(tables.mcnemar_rows(found))}")
+    for note in notes(found):
+        typer.echo(f"\nNote: {note}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vislm.cli._options import Device, Dtype, Heads, Model, Prune
+from vislm.cli._options import Device, Dtype, Heads, Prune
 
 if TYPE_CHECKING:
     from vislm.eval.protocol import Benchmark, Subject
@@ -26,7 +26,17 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Run folder; a killed run in it is resumed. Several: one folder each.")
     ],
-    model: Model = "vislm-tiny",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|PATH|HUB|NAME@WEIGHTS",
+            help="vislm-tiny, a local folder, or a hub name. Vision benchmarks: NAME@FILE.safetensors, "
+            "NAME@pretrained (timm) or NAME@TAG (open_clip), which may download, NAME@random, or a folder; "
+            "options follow as :option=value,...; see vislm list models.",
+        ),
+    ] = "vislm-tiny",
     prune: Prune = None,
     heads: Heads = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,

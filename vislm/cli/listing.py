@@ -23,6 +23,7 @@ def list_names(
     """List what the package offers."""
     from vislm.catalog import SECTIONS
     from vislm.errors import UnknownName
+    from vislm.eval.running.subjects import MODEL_FORMS
 
     if families:
         from vislm.support import support_lines
@@ -36,7 +37,7 @@ def list_names(
     for name in SECTIONS if kind == "all" else [kind]:
         if kind == "all":
             typer.echo(f"{name}:")
-        entries = list(SECTIONS[name]())
+        entries = [*SECTIONS[name](), *(MODEL_FORMS.items() if name == "models" else ())]
         width = max(12, *(len(entry) for entry, _ in entries))
         for entry, text in entries:
             typer.echo(f"  {entry:<{width}} {text}".rstrip() if text else f"  {entry}")

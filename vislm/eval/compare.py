@@ -100,6 +100,11 @@ def compare(a: RunRecord, b: RunRecord, *, resamples: int = 2000, seed: int = 0)
     return found
 
 
+def samples_of(run: RunRecord, figure: Figure) -> int:
+    """Return how many samples of one run a figure over all parts is made of."""
+    return sum(_columns(run.rows[i], figure) is not None for i in _members(run, "all"))
+
+
 def figure_interval(run: RunRecord, figure: Figure, *, resamples: int = 2000, seed: int = 0) -> Interval | None:
     """Return a figure over all parts of one run with its 95 % interval; None where no sample has its columns."""
     ids = [i for i in _members(run, "all") if _columns(run.rows[i], figure) is not None]
@@ -231,7 +236,7 @@ def _ratio(terms: Floats) -> float:
 
 
 def _auroc(columns: Floats) -> float:
-    """Do what ``vislm.eval.questions.pope_answers.auroc`` does, faster: it is needed for thousands of resamples."""
+    """Do what ``vislm.eval.questions.yes_no.auroc`` does, faster: it is needed for thousands of resamples."""
     truth = columns[:, 0] > 0.5
     positives, negatives = int(truth.sum()), int((~truth).sum())
     if not positives or not negatives:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vislm.eval.compare import Comparison, RunRecord, check_same, figure_interval
+from vislm.eval.compare import Comparison, RunRecord, check_same, figure_interval, samples_of
 
 TableRow = dict[str, str | int | float | None]
 
@@ -41,6 +41,8 @@ def mcnemar_rows(found: Sequence[Comparison]) -> list[TableRow]:
 
 def sweep_rows(runs: Sequence[RunRecord], *, resamples: int = 2000) -> list[TableRow]:
     """Return one row per run: figures with 95 % intervals, visual tokens, FLOPs and milliseconds of a sample.
+
+    A figure over another number of samples than the first one says so, e.g. an AUROC where some answers lack logits.
 
     Raises:
         UsageError: runs that followed different protocols or finished different samples.
@@ -84,9 +86,10 @@ def config_rows(a: RunRecord, b: RunRecord, fields: Sequence[str]) -> list[Table
 
 def _sweep_row(name: str, run: RunRecord, resamples: int) -> TableRow:
     row: TableRow = {"run": name}
-    for figure in run.figures:
+    counts = [samples_of(run, figure) for figure in run.figures]
+    for figure, n in zip(run.figures, counts, strict=True):
         found = figure_interval(run, figure, resamples=resamples)
-        row[figure.name] = str(found) if found is not None else None
+        row[figure.name] = f"{found}{other_count(n, counts[0])}" if found is not None else None
     results: Mapping[str, Any] = run.results
     if "visual_tokens_kept" in results:
         row["tokens"] = f"{results['visual_tokens_kept']:.1f}"
@@ -96,6 +99,11 @@ def _sweep_row(name: str, run: RunRecord, resamples: int) -> TableRow:
         row["ms"] = f"{results['milliseconds']:.1f}"
     row["batch"] = results.get("batch_size")
     return row
+
+
+def other_count(n: int, first: int) -> str:
+    """Return what to put behind a figure over ``n`` samples in a row whose first figure is over ``first``."""
+    return "" if n == first else f", n = {n}"
 
 
 def _better(c: Comparison) -> str:

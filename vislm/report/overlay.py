@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vislm.errors import UsageError
+from vislm.eval.running.kept_tokens import seen_share
 from vislm.lmm.adapters import Adapter
 from vislm.lmm.adapters.llava import Grid
 from vislm.report.png import ACCENT
@@ -28,18 +29,10 @@ def seen_picture(image: Image.Image, adapter: Adapter, processor: Any | None = N
     side; one that squashes the picture to a square (vislm-tiny's, and the base view of tiled models) hides nothing.
     Without a processor nothing is assumed to be hidden.
     """
-    settings = getattr(processor, "image_processor", None)
-    if settings is None or adapter.crops_per_image != 1 or not getattr(settings, "do_center_crop", False):
+    left, top, right, bottom = seen_share(image.size, adapter, processor)
+    width, height = round((right - left) * image.width), round((bottom - top) * image.height)
+    if (width, height) == image.size:
         return image
-    size, crop = dict(settings.size), dict(settings.crop_size)
-    if "shortest_edge" in size:
-        scale_x = scale_y = size["shortest_edge"] / min(image.size)
-    else:
-        scale_x, scale_y = size["width"] / image.width, size["height"] / image.height
-    width, height = (
-        min(image.width, round(crop["width"] / scale_x)),
-        min(image.height, round(crop["height"] / scale_y)),
-    )
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

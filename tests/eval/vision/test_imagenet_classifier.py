@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -211,6 +213,46 @@ def test_a_folder_of_timms(tmp_path) -> None:
     save_for_hf(model, str(tmp_path / "model"), model_config=config, safe_serialization=True)
     with timm_model(str(tmp_path / "model")) as loaded:
         assert torch.equal(loaded.model.head.weight, model.head.weight)
+
+
+def identity_of(model: object) -> dict:
+    with timm_model(str(model)) as loaded:
+        return loaded.fingerprint()
+
+
+def test_a_folder_is_the_same_model_wherever_it_lies(tmp_path, monkeypatch) -> None:
+    from timm.models import save_for_hf
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, **OPTIONS)
+    folder = tmp_path / "here" / "model"
+    save_for_hf(model, str(folder), model_config={"model_args": OPTIONS}, safe_serialization=True)
+    absolute = identity_of(folder)
+    monkeypatch.chdir(folder.parent)
+    shutil.copytree(folder, tmp_path / "there" / "copy")
+    assert absolute == identity_of("model") == identity_of("./model/") == identity_of(tmp_path / "there" / "copy")
+    assert absolute["model"] == "vit_tiny_patch16_224"
+    assert str(tmp_path) not in json.dumps(absolute)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"]["num_heads"] = 2 * OPTIONS["num_heads"]  # the same weights in another architecture
+    (folder / "config.json").write_text(json.dumps(config))
+    changed = identity_of(folder)
+    assert {k for k in changed if changed[k] != absolute[k]} == {"architecture.settings"}
+    torch.nn.init.zeros_(model.head.weight)
+    save_for_hf(model, str(tmp_path / "other"), model_config={"model_args": OPTIONS}, safe_serialization=True)
+    other = identity_of(tmp_path / "other")
+    assert {k for k in other if other[k] != absolute[k]} == {"weights"}
+
+
+def test_a_yaml_file_is_the_same_model_wherever_it_lies(tmp_path) -> None:
+    from vislm.backbones.variants import variant
+
+    text = variant("dinat_s_tiny").path.read_text(encoding="utf-8")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.yaml").write_text(text)
+    a, b = (identity_of(f"{tmp_path / n / n}.yaml@random:num_classes=3") for n in ("a", "b"))
+    assert a == b
+    assert str(tmp_path) not in json.dumps(a)
 
 
 def test_a_backbone_of_vislm() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -132,6 +133,32 @@ def test_weights_from_a_file_and_a_folder(clip, tmp_path) -> None:
     with open_clip_model(f"{clip}@{tmp_path}/w.safetensors:mean=0.5,std=0.4,resize_mode=squash") as loaded:
         assert tuple(loaded.fingerprint()["preprocessing.std"]) == (0.4, 0.4, 0.4)
         assert loaded.fingerprint()["preprocessing.resize_mode"] == "squash"
+
+
+def test_a_folder_is_the_same_model_wherever_it_lies(clip, tmp_path, monkeypatch) -> None:
+    model = open_clip.create_model(clip)
+    folder = tmp_path / "here" / "model"
+    folder.mkdir(parents=True)
+    config = {"model_cfg": open_clip.get_model_config(clip), "preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    shutil.copytree(folder, tmp_path / "there" / "copy")
+    monkeypatch.chdir(folder.parent)
+
+    def identity_of(place: object) -> dict:
+        with open_clip_model(str(place)) as loaded:
+            return loaded.fingerprint()
+
+    absolute = identity_of(folder)
+    assert absolute == identity_of("model") == identity_of(tmp_path / "there" / "copy")
+    assert absolute["model"] == clip
+    assert str(tmp_path) not in json.dumps(absolute, default=str)
+    config["preprocess_cfg"]["mean"] = [0.4, 0.5, 0.5]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    changed = identity_of(folder)
+    differing = {k for k in changed if changed[k] != absolute.get(k)}
+    assert differing == {"preprocessing.mean", "tokenizer"}
 
 
 def test_merging_in_the_image_tower(clip, folder, tmp_path) -> None:

@@ -18,6 +18,7 @@ from vislm.eval.prompts import suffix_text
 from vislm.eval.protocol import Benchmark, Control, Figure, Row, Rows, Sample, Verdict
 from vislm.eval.questions import amber_scores
 from vislm.eval.questions.amber_words import VECTORS, Nouns, Similarity, nltk_nouns, spacy_similarity
+from vislm.eval.questions.yes_no import margin, ranking_warnings
 from vislm.eval.reading import (
     Fault,
     Once,
@@ -36,12 +37,18 @@ from vislm.eval.reading import (
 TASKS = ("discriminative", "generative", "all")
 PARSERS = ("first-word", "exact")
 GENERATIVE = "generative"
-QUESTION_FIGURES = (Figure("accuracy", "mean", ("correct",)), Figure("f1", "f1", ("label", "answer")))
+QUESTION_FIGURES = (
+    Figure("accuracy", "mean", ("correct",)),
+    Figure("f1", "f1", ("label", "answer")),
+    Figure("yes_ratio", "mean", ("yes",), better="neither"),
+    Figure("auroc", "auroc", ("label_yes", "margin")),
+)
 CAPTION_FIGURES = (
     Figure("CHAIR", "ratio", ("hallucinated", "nouns"), better="lower"),
     Figure("Cover", "ratio", ("covered", "objects")),
     Figure("Hal", "mean", ("hal",), better="lower"),
     Figure("Cog", "ratio", ("imagined", "expected"), better="lower"),
+    Figure("Length", "mean", ("length",), better="neither"),
 )
 
 
@@ -111,6 +118,10 @@ class Amber(Benchmark):
         answer = parse_answer(row["text"], self.parser)
         right = float(answer == str(item.truth).capitalize())
         values = {"correct": right, "label": float(item.truth == "no"), "answer": float(answer == "No")}
+        values |= {"label_yes": float(item.truth == "yes"), "yes": float(answer == "Yes")}
+        yes_no = margin(row)
+        if yes_no is not None:
+            values["margin"] = yes_no
         return Verdict(answer if answer in ("Yes", "No") else None, right, values, (amber_scores.dimension(item.kind),))
 
     def _described(self, item: AmberItem, text: str) -> Verdict:
@@ -123,6 +134,7 @@ class Amber(Benchmark):
             "hal": float(count.hallucinated > 0),
             "imagined": count.imagined,
             "expected": count.hallu,
+            "length": _words_in(text),
         }
         return Verdict(nouns, 1.0 - values["hal"], values, (GENERATIVE,))
 
@@ -132,22 +144,34 @@ class Amber(Benchmark):
         return amber_scores.describe(nouns, item.truth, item.hallu, w.related, w.safe, w.similarity), nouns
 
     def aggregate(self, rows: Rows) -> dict[str, Any]:
-        """Return the official figures in percent, and how many answers had to be rewritten as Yes or No."""
+        """Return the official figures in percent, and how many answers had to be rewritten as Yes or No.
+
+        Beside them, in each table, the share of Yes ("yes_ratio") and where rows hold logits their AUROC, also in
+        percent; of descriptions the mean length in words ("Length").
+        """
         asked = [(self._by_id[i], row["text"]) for i, row in rows.items()]
         questions = [(item, text) for item, text in asked if item.kind != GENERATIVE]
         answers = [parse_answer(text, self.parser) for _, text in questions]
-        metrics: dict[str, Any] = amber_scores.discriminative(
-            [(item.kind, str(item.truth), answer) for (item, _), answer in zip(questions, answers, strict=True)]
-        )
+        kinds, truths = [item.kind for item, _ in questions], [str(item.truth) for item, _ in questions]
+        metrics: dict[str, Any] = amber_scores.discriminative(list(zip(kinds, truths, answers, strict=True)))
+        margins = [margin(rows[item.id]) for item, _ in questions]
+        for name, figures in amber_scores.beside(list(zip(kinds, truths, answers, margins, strict=True))).items():
+            metrics[name] |= figures
         metrics["n_normalised"] = sum(a != text for (_, text), a in zip(questions, answers, strict=True))
         metrics["n_unparsed"] = sum(answer not in ("Yes", "No") for answer in answers)
         described = [self._count(item, text)[0] for item, text in asked if item.kind == GENERATIVE]
         if described:
-            metrics["generative"] = amber_scores.generative(described)
+            words = [_words_in(text) for item, text in asked if item.kind == GENERATIVE]
+            metrics["generative"] = {**amber_scores.generative(described), "Length": sum(words) / len(words)}
         if described and questions:
             metrics["AMBER"] = (100 - metrics["generative"]["CHAIR"] + metrics["all"]["f1"]) / 2
         metrics["n"] = len(rows)
-        return metrics if rows else {**metrics, "warnings": ["no answers"]}
+        warnings = ranking_warnings([t == "yes" for t in truths], margins) if rows else ["no answers"]
+        return {**metrics, "warnings": warnings} if warnings else metrics
+
+
+def _words_in(text: str) -> int:
+    return len(text.split())
 
 
 def parse_answer(text: str, parser: str) -> str:

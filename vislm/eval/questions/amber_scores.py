@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vislm.eval.questions.yes_no import ranking
+
 SMALL = 0.001
 """What every denominator of the official script starts at."""
 ATTRIBUTES = {
@@ -95,6 +97,31 @@ def discriminative(items: Sequence[tuple[str, str, str]]) -> dict[str, dict[str,
     return tables | {
         name: counts[name].figures() for name in ("state", "number", "action", "relation") if name in there
     }
+
+
+def beside(items: Sequence[tuple[str, str, str, float | None]]) -> dict[str, dict[str, Any]]:
+    """Return what the official tables of yes/no answers leave out, in percent, by the same names.
+
+    Args:
+        items: (annotation type, truth "yes" or "no", answer, margin of yes over no or None) of each question.
+
+    Returns:
+        table -> "yes_ratio", the share of the answers Yes, and where answers have a margin "auroc"; see
+        ``yes_no.ranking``.
+    """
+    tables: dict[str, list[tuple[str, str, float | None]]] = {}
+    for kind, truth, answer, margin in items:
+        name = dimension(kind)
+        for table in ("all", "attribute", name) if name in ATTRIBUTES.values() else ("all", name):
+            tables.setdefault(table, []).append((truth, answer, margin))
+    found: dict[str, dict[str, Any]] = {}
+    for table, asked in tables.items():
+        ranked = ranking([truth == "yes" for truth, _, _ in asked], [margin for _, _, margin in asked])
+        if "auroc" in ranked:
+            ranked["auroc"] = round(100 * ranked["auroc"], 2)
+        said_yes = sum(answer == "Yes" for _, answer, _ in asked)
+        found[table] = {"yes_ratio": round(100 * said_yes / len(asked), 1), **ranked}
+    return found
 
 
 @dataclass(frozen=True)

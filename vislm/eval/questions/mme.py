@@ -15,6 +15,7 @@ from typing import Any
 from vislm.errors import AnnotationError, UnknownName, UsageError
 from vislm.eval.prompts import SHORT
 from vislm.eval.protocol import Benchmark, Control, Figure, Row, Rows, Sample, Verdict
+from vislm.eval.questions.yes_no import margin, ranking, ranking_warnings
 from vislm.eval.reading import read_text, shown
 
 PERCEPTION = (
@@ -60,7 +61,11 @@ class Mme(Benchmark):
     control: Control = "none"
     faults: Sequence[str] = field(default_factory=list)
     name = "mme"
-    figures = (Figure("accuracy"),)
+    figures = (
+        Figure("accuracy"),
+        Figure("yes_ratio", "mean", ("answer",), better="neither"),
+        Figure("auroc", "auroc", ("label", "margin")),
+    )
 
     @cached_property
     def samples(self) -> list[Sample]:
@@ -81,23 +86,33 @@ class Mme(Benchmark):
 
     def parse(self, row: Row) -> Verdict:
         """Return yes, no, or None for other answers, which are wrong."""
-        question, answer = self._by_id[row["id"]], parse_answer(row["text"])
+        question, answer, yes_no = self._by_id[row["id"]], parse_answer(row["text"]), margin(row)
+        values = {"label": float(question.label == "yes"), "answer": float(answer == "yes")}
         return Verdict(
             None if answer == "other" else answer,
             float(answer == question.label),
-            {},
+            values if yes_no is None else {**values, "margin": yes_no},
             (question.task, _area(question.task)),
         )
 
     def aggregate(self, rows: Rows) -> dict[str, Any]:
-        """Return the sums of the tasks' scores: perception (at most 2000), cognition (800) and both."""
+        """Return the sums of the tasks' scores: perception (at most 2000), cognition (800) and both.
+
+        Beside them yes_ratio and, where rows hold logits, AUROC (fractions) over the questions of all tasks.
+        """
         scores = {task: figures["score"] for task, figures in self.groups(rows).items()}
         sums = {
             area: sum(s for task, s in scores.items() if _area(task) == area) for area in ("perception", "cognition")
         }
         metrics: dict[str, Any] = {**sums, "total": sum(sums.values()), "n": len(rows)}
+        positive = [self._by_id[i].label == "yes" for i in rows]
+        margins = [margin(row) for row in rows.values()]
+        said_yes = sum(parse_answer(row["text"]) == "yes" for row in rows.values())
+        metrics |= {"yes_ratio": said_yes / max(1, len(rows)), **ranking(positive, margins)}
         missing = [task for task in TASKS if task not in scores]
-        return {**metrics, "warnings": [f"no answers for {', '.join(missing)}"]} if missing else metrics
+        warnings = [f"no answers for {', '.join(missing)}"] if missing else []
+        warnings += ranking_warnings(positive, margins)
+        return {**metrics, "warnings": warnings} if warnings else metrics
 
     def groups(self, rows: Rows) -> dict[str, dict[str, Any]]:
         """Return each task's accuracy, the share of pictures with both answers right ("accuracy_plus"), and score."""

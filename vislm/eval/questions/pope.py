@@ -21,6 +21,7 @@ from vislm.eval.questions.pope_answers import metrics, parse
 from vislm.eval.questions.pope_questions import SPLITS, Question, object_of
 from vislm.eval.questions.pope_sources import find_questions
 from vislm.eval.questions.scene_pope import oracle_table
+from vislm.eval.questions.yes_no import MISSING, margin
 
 _PER_IMAGE = 6
 """Questions per image and split of the published files."""
@@ -87,9 +88,9 @@ class Pope(Benchmark):
         """Return yes, no, or what the rule makes of other answers."""
         asked, answer = self._asked[row["id"]], parse(row["text"], self.rule)
         values = {"label": float(asked[0].label == "yes"), "answer": float(answer == "yes")}
-        margin = _margin(row)
-        if margin is not None:
-            values["margin"] = margin
+        yes_no = margin(row)
+        if yes_no is not None:
+            values["margin"] = yes_no
         parts = tuple(dict.fromkeys(q.split for q in asked))
         if answer == "dropped":
             return Verdict(None, None, {}, parts)
@@ -102,8 +103,7 @@ class Pope(Benchmark):
             if _key(question) in rows:
                 answered.setdefault(question.split, []).append((question, rows[_key(question)]))
         result: dict[str, Any] = {split: self._metrics(found) for split, found in answered.items()}
-        shared = [k for k in ("accuracy", "f1", "yes_ratio", "auroc") if all(k in r for r in result.values())]
-        result["mean"] = {k: sum(r[k] for r in result.values()) / max(1, len(result)) for k in shared}
+        result["mean"] = _mean(result)
         return {**result, "oracles": self._oracles} if self.objects else result
 
     @cached_property
@@ -121,22 +121,33 @@ class Pope(Benchmark):
         return {name: {k: m[k] for k in ("n", "accuracy", "recall", "yes_ratio")} for name, m in figures.items()}
 
     def _metrics(self, answered: Answered) -> dict[str, Any]:
-        margins = [m for _, r in answered if (m := _margin(r)) is not None]
         return metrics(
             [q.label for q, _ in answered],
             [parse(r["text"], self.rule) for _, r in answered],
-            margins if len(margins) == len(answered) else None,
+            [margin(r) for _, r in answered],
         )
+
+
+def _mean(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the unweighted mean of the splits, and what keeps its AUROC from being that of the same answers."""
+    shared = [k for k in ("accuracy", "f1", "yes_ratio", "auroc") if all(k in m for m in splits.values())]
+    mean: dict[str, Any] = {k: sum(m[k] for m in splits.values()) / max(1, len(splits)) for k in shared}
+    without = [name for name, m in splits.items() if "auroc" not in m]
+    partly = {name: m[MISSING] for name, m in splits.items() if MISSING in m}
+    if partly and not without:
+        mean[MISSING] = sum(partly.values())
+        mean["warnings"] = [f"auroc leaves out answers without the logits of yes and no: {_counted(partly)}"]
+    elif 0 < len(without) < len(splits):
+        mean["warnings"] = [f"no auroc: no answer of {', '.join(without)} has the logits of yes and no"]
+    return mean
+
+
+def _counted(numbers: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} in {name}" for name, n in numbers.items())
 
 
 def _key(question: Question) -> str:
     return f"{question.image}|{question.text}"
-
-
-def _margin(row: Row) -> float | None:
-    """Return how much likelier yes is than no, in logits; None where a row lacks them."""
-    logits = row.get("candidates") or {}
-    return logits["yes"] - logits["no"] if "yes" in logits and "no" in logits else None
 
 
 def load(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vislm.errors import UnknownName
+from vislm.eval.questions.yes_no import auroc as auroc
+from vislm.eval.questions.yes_no import ranking, ranking_warnings
 
 PARSERS = ("official", "lmms-eval", "pai", "vlmevalkit")
 
@@ -38,11 +40,13 @@ def parse(text: str, rule: str = "official") -> str:
 
 
 def metrics(
-    labels: Sequence[str], predictions: Sequence[str], margins: Sequence[float] | None = None
+    labels: Sequence[str], predictions: Sequence[str], margins: Sequence[float | None] | None = None
 ) -> dict[str, Any]:
     """Return accuracy, its standard error, precision, recall, f1, yes_ratio, counts, and AUROC of the margins if given.
 
-    The positive class is "yes"; a ratio without denominator is 0.0 and named under "warnings".
+    The positive class is "yes"; a ratio without denominator is 0.0 and named under "warnings". The AUROC is over the
+    answers that the accuracy counts; answers without a margin are left out of it, counted as "n_without_margin" and
+    named under "warnings".
     """
     rows = [(a, p) for a, p in zip(labels, predictions, strict=True) if p != "dropped"]
     tp = sum(a == "yes" and p == "yes" for a, p in rows)
@@ -74,24 +78,10 @@ def metrics(
         "n_unparsed": sum(p not in ("yes", "no") for p in predictions),
     }
     if margins is not None:
-        result["auroc"] = auroc([a == "yes" for a in labels], margins)
+        counted = [(a == "yes", m) for a, p, m in zip(labels, predictions, margins, strict=True) if p != "dropped"]
+        positive, known = [a for a, _ in counted], [m for _, m in counted]
+        result |= ranking(positive, known)
+        warnings += ranking_warnings(positive, known)
     if warnings:
         result["warnings"] = warnings
     return result
-
-
-def auroc(positive: Sequence[bool], scores: Sequence[float]) -> float:
-    """Return the probability that a positive scores above a negative, ties counting half; 0.5 without both kinds."""
-    ranked = sorted(zip(scores, positive, strict=True))
-    n_positive = sum(positive)
-    n_negative = len(ranked) - n_positive
-    if not n_positive or not n_negative:
-        return 0.5
-    total, start = 0.0, 0
-    while start < len(ranked):
-        end = start
-        while end < len(ranked) and ranked[end][0] == ranked[start][0]:
-            end += 1
-        total += (start + end + 1) / 2 * sum(p for _, p in ranked[start:end])  # mean rank of a tie
-        start = end
-    return (total - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)

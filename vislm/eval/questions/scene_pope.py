@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vislm.data.scene_categories import CATEGORIES, THEMES, UNIVERSALS
-from vislm.eval.questions.pope_answers import auroc
 from vislm.eval.questions.pope_questions import SPLITS, TEMPLATE, Question
+from vislm.eval.questions.yes_no import auroc
 
 STATISTICS = Path(__file__).parent.parent / "data" / "scene_co_occurrence.json"
 """Co-occurrence counts of 4,000 biased scenes of seed 5, rows and columns in the order of ``CATEGORIES``."""

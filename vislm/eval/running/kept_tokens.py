@@ -38,7 +38,7 @@ def _kept(lmm: Any, run: Any, number: int, index: list[int], size: tuple[int, in
         "of": run.visual_tokens[number],
         "index": index,
         "grid": _grid(lmm.adapter, run, number),
-        "seen": seen_share(size, lmm.adapter, getattr(lmm, "processor", None)),
+        "seen": [round(share, 4) for share in seen_share(size, lmm.adapter, getattr(lmm, "processor", None))],
     }
 
 
@@ -71,4 +71,4 @@ def seen_share(size: tuple[int, int], adapter: Any, processor: Any) -> list[floa
     margins = [
         max(0.0, 0.5 - crop[side] / length / 2) for side, length in zip(("width", "height"), scaled, strict=True)
     ]
-    return [round(share, 4) for share in (margins[0], margins[1], 1 - margins[0], 1 - margins[1])]
+    return [margins[0], margins[1], 1 - margins[0], 1 - margins[1]]

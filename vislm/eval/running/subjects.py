@@ -22,6 +22,14 @@ SUBJECTS = {
     "zero_shot": "vislm.eval.vision.zero_shot_model:open_zero_shot",
 }
 """Kind of subject -> "module:function" that opens one: (model, prune, heads, dtype, device) -> context of a Subject."""
+MODEL_FORMS = {
+    "NAME@FILE.safetensors": "vision benchmarks: a model of timm, open_clip, torchvision or vislm with local weights",
+    "NAME@pretrained | @TAG": "with the library's weights, may download (timm; open_clip: TAG; torchvision: COCO_V1)",
+    "NAME@random": "the same with random weights, to try a pipeline out",
+    "FOLDER": "a model that timm, open_clip or transformers (ade20k) saved",
+    "detections.json | MAPS": "coco_detection, ade20k: finished detections, or a folder of finished maps, to be scored",
+}
+"""How ``--model`` names a vision model -> what that is; options follow as ``:option=value,...``."""
 
 
 class AnswersQuestions(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from vislm.errors import CheckpointError, UnknownName, UsageError
 from vislm.eval.vision.cost import PictureCost, patches_of
+from vislm.eval.vision.folder_identity import open_clip_identity
 from vislm.eval.vision.methods import reduced
 from vislm.eval.vision.model_spec import RANDOM, ModelSpec, read_spec, weights_digest
 
@@ -104,7 +106,7 @@ def open_clip_model(
     made, preprocess = _made(spec, source, precision, device)
     made.eval().requires_grad_(False)
     identity = {
-        "model": spec.name,
+        **(open_clip_identity(Path(spec.name), made) if spec.is_folder else {"model": spec.name}),
         "weights": spec.weights if spec.weights == RANDOM else weights_digest(spec, made),
         **{f"preprocessing.{k}": v for k, v in sorted(open_clip.get_model_preprocess_cfg(made).items())},
         "quick_gelu": _uses_quick_gelu(made),

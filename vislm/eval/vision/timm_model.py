@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vislm.backbones.variants import list_models, variant
 from vislm.backbones.weights import load_file
 from vislm.errors import CheckpointError, UnknownName, UsageError, VislmError
 from vislm.eval.vision.cost import PictureCost, patches_of
+from vislm.eval.vision.folder_identity import settings_identity, timm_identity
 from vislm.eval.vision.methods import reduced
 from vislm.eval.vision.model_spec import RANDOM, ModelSpec, read_spec, weights_digest
 from vislm.token_pruning.tome import Merging
@@ -149,7 +151,7 @@ def timm_model(
     made, shown = _made(spec)
     config = _data_config(spec, made, shown)
     identity = {
-        "model": spec.name,
+        **_architecture(spec, made),
         "weights": spec.weights if spec.weights == RANDOM else weights_digest(spec, made),
         **{f"architecture.{k}": spec.options[k] for k in ARCHITECTURE if k in spec.options},
         **{f"preprocessing.{k}": list(v) if isinstance(v, tuple) else v for k, v in sorted(config.items())},
@@ -166,11 +168,24 @@ def timm_model(
         yield TimmModel(made, transform, device, width, identity, methods, merging, PictureCost(patches, merging))
 
 
+def _architecture(spec: ModelSpec, model: nn.Module) -> dict[str, Any]:
+    """Return the name of the architecture, and for one from a file or folder its settings, never a path."""
+    if spec.is_folder:
+        return timm_identity(Path(spec.name), model)
+    if _is_file(spec):
+        return settings_identity(variant(spec.name).config, model)
+    return {"model": spec.name}
+
+
+def _is_file(spec: ModelSpec) -> bool:
+    return spec.name.endswith((".yaml", ".yml"))
+
+
 def _made(spec: ModelSpec) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model with its weights, and for models of vislm what they are shown."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        if spec.name in list_models() or spec.name.endswith((".yaml", ".yml")):
+        if spec.name in list_models() or _is_file(spec):
             return _ours(spec)
         model = _timm(spec)
     if spec.file is not None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vislm.eval.compare import unlike
-from vislm.eval.compare_tables import TableRow, difference_rows, mcnemar_rows
+from vislm.eval.compare_tables import TableRow, difference_rows, mcnemar_rows, other_count
+from vislm.eval.effects import notes
 from vislm.report.runs.bundle import Bundle
 from vislm.report.runs.scores import Scores
 
@@ -62,11 +63,11 @@ def result_rows(bundle: Bundle, scores: Scores) -> list[TableRow]:
     found = []
     for n, (run, label) in enumerate(zip(bundle.runs, bundle.labels, strict=True)):
         row: TableRow = {"run": label}
-        for c in scores.own[n]:
-            if c.part == "all":
-                interval = scores.intervals[n].get(c.figure.name)
-                between = f"\n[{interval.low:.3f}, {interval.high:.3f}]" if interval else ""
-                row[c.figure.name] = with_error(c.a, c.a_error) + between
+        overall = [c for c in scores.own[n] if c.part == "all"]
+        for c in overall:
+            interval = scores.intervals[n].get(c.figure.name)
+            between = f"\n[{interval.low:.3f}, {interval.high:.3f}]" if interval else ""
+            row[c.figure.name] = with_error(c.a, c.a_error) + between + other_count(c.n, overall[0].n)
         row["n"] = len(run.rows)
         row["missing"] = number(run.results, "n_missing") or None
         row["unparsed"] = number(run.results, "n_unparsed") or None
@@ -94,7 +95,7 @@ def part_rows(bundle: Bundle, scores: Scores) -> list[TableRow]:
         rows: dict[str, TableRow] = {}
         for c in figures:
             row = rows.setdefault(c.part, {"run": label, "part": c.part, "n": c.n})
-            row[c.figure.name] = with_error(c.a, c.a_error)
+            row[c.figure.name] = with_error(c.a, c.a_error) + other_count(c.n, int(str(row["n"])))
         found += rows.values()
     return _without_empty(found)
 
@@ -168,6 +169,7 @@ def _differences(bundle: Bundle, scores: Scores) -> list[NamedTable]:
         b = bundle.labels[other]
         fields = ", ".join(unlike(bundle.runs[0], bundle.runs[other])) or "nothing in model and methods"
         note = f"A = {a}, B = {b}; they differ in: {fields}. Paired bootstrap over pictures."
+        note = " ".join([note, *notes(comparisons)])
         flips = f"{len(bundle.flipped(other))} of {len(bundle.runs[0].rows)} samples have another score."
         rows, tests = difference_rows(comparisons), mcnemar_rows(comparisons)
         overall += [
