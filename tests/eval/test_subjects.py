@@ -9,7 +9,7 @@ import pytest
 from vislm.errors import UnknownName, UsageError
 from vislm.eval.protocol import Asked, Sample
 from vislm.eval.running.likelihood import likelihoods
-from vislm.eval.running.subjects import LmmSubject, open_subject
+from vislm.eval.running.subjects import RULED_OUT, LmmSubject, open_subject
 
 QUESTION = "is there a dog in the image ?"
 
@@ -47,6 +47,15 @@ def test_words_choices_and_free_answers_share_a_batch(lmm, pictures) -> None:
     assert [row["visual_tokens"] for row in rows] == [64, 64, 64, 0, 128]
     assert rows[0]["flops"] > 0
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_word_that_is_ruled_out_has_a_finite_logit(lmm, pictures) -> None:
+    from vislm.heads.vcd import VCD
+
+    with lmm.using(VCD(alpha=1.0, beta=1.0)) as strict:  # only the likeliest word is left
+        row = LmmSubject(strict).respond([asked("q", pictures[0], candidates=("yes", "no"))], max_new_tokens=2)[0]
+    assert min(row["candidates"].values()) == RULED_OUT
+    assert max(row["candidates"].values()) > RULED_OUT
 
 
 def test_likelihoods_do_not_depend_on_the_batch(lmm, pictures) -> None:

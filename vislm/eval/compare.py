@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vislm.errors import RunFolderError, UsageError
+from vislm.eval.auroc import Auroc
 from vislm.eval.protocol import Figure
 from vislm.eval.running.store import RESULTS, ROWS, RUN, differing, read_json, read_rows
 from vislm.eval.uncertainty import Difference, Interval, difference, interval, mcnemar, standard_error
@@ -193,7 +194,7 @@ def _compared(
 def _error(values: Floats, groups: Sequence[str] | None, figure: Figure, resamples: int, seed: int) -> float:
     """Return the standard error: of a ratio by its linear part, of an AUROC from the width of its interval."""
     if figure.kind == "auroc":
-        found = interval(values, groups, _auroc, resamples, seed)
+        found = interval(values, groups, Auroc(), resamples, seed)
         return (found.high - found.low) / (2 * 1.96)
     top, bottom = values.T
     if not bottom.any():
@@ -227,20 +228,9 @@ def _values(run: RunRecord, ids: Sequence[str], figure: Figure) -> tuple[Floats,
 
 
 def _statistic(figure: Figure) -> Any:
-    return _auroc if figure.kind == "auroc" else _ratio
+    return Auroc() if figure.kind == "auroc" else _ratio
 
 
 def _ratio(terms: Floats) -> float:
     top, bottom = terms.sum(axis=0)
     return float(top / bottom) if bottom else 0.0
-
-
-def _auroc(columns: Floats) -> float:
-    """Do what ``vislm.eval.questions.yes_no.auroc`` does, faster: it is needed for thousands of resamples."""
-    truth = columns[:, 0] > 0.5
-    positives, negatives = int(truth.sum()), int((~truth).sum())
-    if not positives or not negatives:
-        return 0.5
-    _, member, counts = np.unique(columns[:, 1], return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[member]  # ties share their mean rank
-    return float((ranks[truth].sum() - positives * (positives + 1) / 2) / (positives * negatives))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -30,6 +31,10 @@ MODEL_FORMS = {
     "detections.json | MAPS": "coco_detection, ade20k: finished detections, or a folder of finished maps, to be scored",
 }
 """How ``--model`` names a vision model -> what that is; options follow as ``:option=value,...``."""
+
+
+RULED_OUT = -1e4
+"""Logit in the rows of a word that cannot be said any more, as under VCD's and DoLa's cutoffs."""
 
 
 class AnswersQuestions(Protocol):
@@ -178,7 +183,7 @@ class LmmSubject:
         return {
             asked.sample.id: {
                 "text": answer.text,
-                "candidates": {w: answer.candidates[w] for w in asked.sample.candidates if w in answer.candidates},
+                "candidates": _logits(answer.candidates, asked.sample.candidates),
                 "visual_tokens": answer.visual_tokens,
                 "visual_tokens_kept": answer.visual_tokens_kept,
                 "seconds": answer.seconds,
@@ -206,6 +211,11 @@ class LmmSubject:
             }
             for asked, (values, answer) in zip(batch, scored, strict=True)
         }
+
+
+def _logits(found: Mapping[str, float], words: Sequence[str]) -> dict[str, float]:
+    """Return the words' logits as JSON knows them: a word that a method rules out has ``RULED_OUT``, not -infinity."""
+    return {w: max(found[w], RULED_OUT) for w in words if w in found and not math.isnan(found[w])}
 
 
 def _pictures(asked: Asked) -> Any:
