@@ -16,6 +16,7 @@ LENGTH_LIMIT = 0.3
 """Change of the mean length, as a share of the other run's, beyond which CHAIR alone shows no gain."""
 YES_LIMIT = 0.1
 """Change of the share of yes beyond which accuracy alone shows no gain."""
+SAYS_LESS, FEWER = "says less", "names fewer objects, wrong and right"
 Figures = Mapping[str, Comparison]
 """Name of a figure -> how it differs."""
 _HALLUCINATED, _RECALL = ("CHAIR_i", "CHAIR"), ("Recall", "Cover")
@@ -74,8 +75,10 @@ def _of_answers(found: Figures, yes_moved: float | None) -> str:
 def _of_captions(found: Figures, changed: float | None) -> str:
     hallucinated, recall, length = _sign(found, *_HALLUCINATED), _sign(found, *_RECALL), _sign(found, "Length")
     if hallucinated < 0:
-        if recall < 0 or length < 0:
-            return "says less"
+        if length < 0:
+            return SAYS_LESS
+        if recall < 0:
+            return FEWER
         return "fewer hallucinations at another length" if changed else "helps"
     if hallucinated > 0:
         return "hurts" if recall <= 0 else "says more, right and wrong"
@@ -118,9 +121,10 @@ def _caption_notes(found: Figures) -> list[str]:
         return []
     better, other, seen = _toward_better(found, name, lower=True)
     said, result = effect({}, seen), []
-    if said.captions == "says less":
+    if said.captions in (SAYS_LESS, FEWER):
         result.append(
-            f"{better} hallucinates less ({name}), but also says less than {other}: compare recall and length."
+            f"{better} hallucinates less ({name}), but also {'says less' if said.captions == SAYS_LESS else 'names less'} "
+            f"than {other}: compare recall and length."
         )
     if said.length_changed is not None:
         length = found["Length"]
