@@ -122,10 +122,8 @@ def _caption_notes(found: Figures) -> list[str]:
     better, other, seen = _toward_better(found, name, lower=True)
     said, result = effect({}, seen), []
     if said.captions in (SAYS_LESS, FEWER):
-        result.append(
-            f"{better} hallucinates less ({name}), but also {'says less' if said.captions == SAYS_LESS else 'names less'} "
-            f"than {other}: compare recall and length."
-        )
+        also = "says less" if said.captions == SAYS_LESS else "names fewer objects"
+        result.append(f"{better} hallucinates less ({name}), but also {also} than {other}: compare recall and length.")
     if said.length_changed is not None:
         length = found["Length"]
         result.append(
